@@ -1,0 +1,39 @@
+//! flanneld: one subnet per host, and the packets between the subnets.
+//!
+//! # The house, top floor first
+//!
+//! ```text
+//!   agent     the one loop: descriptors, clock, deadlines, start-up and shutdown order
+//!     |
+//!     +-- cli, config      what was typed; what the network's document says
+//!     +-- store            where leases live (etcd v3, etcd v2): decides, asks for HTTP exchanges
+//!     +-- http             non-blocking HTTP/1.1 over mio, TLS included
+//!     +-- backend          which kernel objects a lease needs (vxlan, host-gw, udp, alloc)
+//!     +-- kernel           desired state against actual state, over netlink
+//!     +-- health           /healthz, /readyz
+//!     |
+//!   lease                  leases, subnet keys, the table of peers and its differences
+//!   forward -> wire        the udp backend's data plane, and the packet headers it reads
+//!   sys                    every unsafe block and system call
+//! ```
+//!
+//! Everything but `agent`, `sys` and the thin owners of sockets is a plain value: inputs go in through `handle_*(…, now)`,
+//! outputs come out through `poll_*`, and `poll_timeout()` says when to call again. There is no clock and no descriptor
+//! inside, so every decision can be tested on a desk.
+
+pub mod agent;
+pub mod backend;
+pub mod backoff;
+pub mod cli;
+pub mod config;
+pub mod forward;
+pub mod health;
+pub mod http;
+pub mod kernel;
+pub mod lease;
+pub mod notify;
+pub mod store;
+pub mod subnet_file;
+pub mod sys;
+pub mod view;
+pub mod wire;

@@ -1,0 +1,95 @@
+//! Where leases live. A store is a plain value: it decides which HTTP exchanges it wants, is told how they went, and
+//! yields [`StoreEvent`]s. It owns no socket and no clock.
+
+use std::net::{Ipv4Addr, Ipv6Addr};
+use std::time::{Duration, Instant, SystemTime};
+
+use crate::config::NetworkConfig;
+use crate::http::{HttpEvent, Request};
+use crate::lease::{Lease, LeaseAttrs, LeaseEvent, OwnLease, Subnets};
+
+/// A store has two exchanges in flight at most, one on each lane; a lane keeps its connection alive between exchanges.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum Lane {
+    /// Short requests with one answer.
+    Unary,
+    /// The long watch.
+    Watch,
+}
+
+/// What the loop must do for the store.
+#[derive(Debug)]
+pub enum StoreRequest {
+    /// Start this exchange on this lane. The lane is free: the last exchange on it ended or was cancelled.
+    Start(Lane, Request),
+    /// Drop the exchange that is under way on this lane, together with its connection. No further event is delivered for it.
+    Cancel(Lane),
+}
+
+/// Who this host is, for finding its own lease among the others.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Identity {
+    /// Advertised IPv4 address.
+    pub public_ip: Option<Ipv4Addr>,
+    /// Advertised IPv6 address.
+    pub public_ipv6: Option<Ipv6Addr>,
+    /// The subnets this host had in its last life (subnet.env or the saved view), if any.
+    pub previous: Subnets,
+}
+
+/// The clock readings of one wake-up.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Now {
+    /// Monotonic, for deadlines.
+    pub mono: Instant,
+    /// Wall clock, for lease expiry only.
+    pub wall: SystemTime,
+}
+
+/// What a store tells the agent.
+#[derive(Debug, PartialEq, Eq)]
+pub enum StoreEvent {
+    /// The network config is there and valid. Sent once; the agent answers with [`Store::identify`].
+    Config(Box<NetworkConfig>),
+    /// The leases were listed; this is the one that carries our public address, if any. The agent answers with [`Store::acquire`].
+    Found(Option<Box<Lease>>),
+    /// The lease is ours, in the store. Also sent when, after a loss, a lease on other subnets was taken.
+    Acquired(Box<OwnLease>),
+    /// Our lease was extended, or somebody else changed its time to live.
+    Renewed(Box<OwnLease>),
+    /// Our lease is gone from the store or belongs to another host now (the text says which); a new `Acquired` follows. The
+    /// data plane stays as it is until then.
+    Lost(String),
+    /// Every lease at one moment, our own included: complete, so what is not in it is gone.
+    Snapshot(Vec<Lease>),
+    /// One change after the last snapshot. Our own lease's changes never appear here.
+    Event(LeaseEvent),
+    /// Something keeps the store from working. Said once per distinct trouble, not once per try.
+    Trouble(String),
+    /// The trouble is over.
+    Recovered,
+}
+
+/// The verbs that the agent uses on any store.
+pub trait Store: std::fmt::Debug {
+    /// For the log: what and where this store is, without secrets.
+    fn describe(&self) -> String;
+    /// Tells the store who we are; it lists the leases and answers [`StoreEvent::Found`].
+    fn identify(&mut self, identity: Identity, now: Now);
+    /// Takes the lease, publishing `attrs`; then watches and renews by itself. Called again later, it publishes changed attributes.
+    fn acquire(&mut self, attrs: LeaseAttrs, now: Now);
+    /// The next thing to do for the store, until `None`.
+    fn poll_request(&mut self, now: Now) -> Option<StoreRequest>;
+    /// The next thing that the store has to say, until `None`.
+    fn poll_event(&mut self) -> Option<StoreEvent>;
+    /// How the exchange on `lane` is going. After [`HttpEvent::Done`] or [`HttpEvent::Failed`] the lane is free.
+    fn handle_http(&mut self, lane: Lane, event: HttpEvent<'_>, now: Now);
+    /// When [`Store::handle_timeout`] wants to be called next.
+    fn poll_timeout(&self) -> Option<Instant>;
+    /// A deadline has passed.
+    fn handle_timeout(&mut self, now: Now);
+    /// Is the view that this store gave last still followed live (the watch is open and healthy)?
+    fn in_sync(&self) -> bool;
+    /// How long the current trouble has lasted, if there is one.
+    fn trouble_for(&self, now: Now) -> Option<Duration>;
+}
