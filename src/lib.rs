@@ -29,6 +29,7 @@ pub mod config;
 pub mod forward;
 pub mod health;
 pub mod http;
+mod json;
 pub mod kernel;
 pub mod lease;
 pub mod notify;
