@@ -45,7 +45,11 @@ mod tests {
         assert_eq!(allowed(&mut limiter, 1000, start), 50);
         assert_eq!(allowed(&mut limiter, 1000, start + INTERVAL), 1);
         assert_eq!(allowed(&mut limiter, 1000, start + INTERVAL * 8), 7);
-        assert_eq!(allowed(&mut limiter, 1000, start + Duration::from_secs(3600)), 50, "no more than a burst is saved");
+        assert_eq!(
+            allowed(&mut limiter, 1000, start + Duration::from_secs(3600)),
+            50,
+            "no more than a burst is saved"
+        );
     }
 
     #[test]

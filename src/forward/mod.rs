@@ -117,7 +117,12 @@ impl Engine {
     }
 
     /// A packet from the TUN device, to be changed in place: one hop is taken off.
-    pub fn outbound(&mut self, packet: &mut [u8], reply: &mut ReplyBuffer, now: Instant) -> Outbound {
+    pub fn outbound(
+        &mut self,
+        packet: &mut [u8],
+        reply: &mut ReplyBuffer,
+        now: Instant,
+    ) -> Outbound {
         let mut packet = match self.parse(packet) {
             Ok(packet) => packet,
             Err(reason) => return self.drop(reason),
@@ -132,11 +137,21 @@ impl Engine {
     }
 
     /// The packet that [`Engine::outbound`] wanted sent did not fit into a datagram; `mtu` bytes would have.
-    pub fn too_big(&mut self, packet: &[u8], mtu: u16, reply: &mut ReplyBuffer, now: Instant) -> Outbound {
+    pub fn too_big(
+        &mut self,
+        packet: &[u8],
+        mtu: u16,
+        reply: &mut ReplyBuffer,
+        now: Instant,
+    ) -> Outbound {
         match Packet::new(packet) {
-            Ok(packet) if packet.dont_fragment() => {
-                self.refuse(Reason::TooBig, icmp::Error::FragmentationNeeded { mtu }, &packet, reply, now)
-            }
+            Ok(packet) if packet.dont_fragment() => self.refuse(
+                Reason::TooBig,
+                icmp::Error::FragmentationNeeded { mtu },
+                &packet,
+                reply,
+                now,
+            ),
             _ => self.drop(Reason::TooBig),
         }
     }
@@ -235,7 +250,7 @@ mod tests {
         let mut engine = engine();
         let (verdict, reply) = out(&mut engine, &mut packet([10, 5, 9, 7], 64));
         assert_eq!(verdict, Outbound::Reply(56));
-        let answer = ipv4::Packet::new(&reply[..56]).unwrap();
+        let answer = Packet::new(&reply[..56]).unwrap();
         assert_eq!(answer.source(), Ipv4Addr::new(10, 5, 9, 7));
         assert_eq!(answer.destination(), Ipv4Addr::new(10, 5, 1, 2));
         assert_eq!(answer.payload()[..2], [3, 0]);

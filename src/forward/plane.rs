@@ -89,7 +89,12 @@ impl Plane {
     ///
     /// # Errors
     /// As `epoll_ctl(2)`.
-    pub fn replace_tun(&mut self, mut tun: Tun, registry: &Registry, token: Token) -> io::Result<()> {
+    pub fn replace_tun(
+        &mut self,
+        mut tun: Tun,
+        registry: &Registry,
+        token: Token,
+    ) -> io::Result<()> {
         // The kernel forgets a descriptor when it is closed, but mio wants to be told.
         let _ = registry.deregister(&mut self.tun);
         registry.register(&mut tun, token, Interest::READABLE)?;
@@ -157,7 +162,8 @@ impl Plane {
                 return Ok(Step::Blocked);
             }
             Err(error) if udp::is_too_long(&error) => {
-                let verdict = self.engine.too_big(&self.outbound[..len], self.mtu, &mut self.reply, now);
+                let verdict =
+                    self.engine.too_big(&self.outbound[..len], self.mtu, &mut self.reply, now);
                 return self.answer(verdict);
             }
             Err(_) => self.engine.stats.drops.add(Reason::SendFailed),

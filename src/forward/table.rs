@@ -44,7 +44,8 @@ impl Table {
     /// An empty table for a network that is cut into subnets of `subnet_len` bits.
     pub fn new(network: Ipv4Net, subnet_len: u8) -> Self {
         let bits = u32::from(subnet_len.min(32)).checked_sub(u32::from(network.prefix_len()));
-        let slots = bits.and_then(|bits| 1usize.checked_shl(bits)).filter(|slots| *slots <= MAX_SLOTS);
+        let slots =
+            bits.and_then(|bits| 1usize.checked_shl(bits)).filter(|slots| *slots <= MAX_SLOTS);
         Self {
             network: network.trunc(),
             subnet_len: subnet_len.min(32),
@@ -79,7 +80,8 @@ impl Table {
             self.slots[slot] = None;
             return;
         }
-        for group in self.others.iter_mut().filter(|group| group.prefix_len == subnet.prefix_len()) {
+        for group in self.others.iter_mut().filter(|group| group.prefix_len == subnet.prefix_len())
+        {
             if let Ok(at) = group.position(subnet) {
                 group.routes.remove(at);
             }
@@ -95,7 +97,8 @@ impl Table {
             return indexed;
         }
         let beats_index = |group: &&Group| indexed.is_none() || group.prefix_len > self.subnet_len;
-        let other = self.others.iter().take_while(beats_index).find_map(|group| group.lookup(destination));
+        let other =
+            self.others.iter().take_while(beats_index).find_map(|group| group.lookup(destination));
         other.or(indexed)
     }
 
@@ -162,7 +165,11 @@ mod tests {
         assert_eq!(table.lookup(ip("10.5.3.200")), Some(hop(25)));
         assert_eq!(table.lookup(ip("10.5.3.1")), Some(hop(24)));
         assert_eq!(table.lookup(ip("10.5.9.1")), Some(hop(16)));
-        assert_eq!(table.lookup(ip("172.16.0.9")), Some(hop(7)), "outside the network, with the usual length");
+        assert_eq!(
+            table.lookup(ip("172.16.0.9")),
+            Some(hop(7)),
+            "outside the network, with the usual length"
+        );
         table.remove(net("10.5.3.128/25"));
         assert_eq!(table.lookup(ip("10.5.3.200")), Some(hop(24)));
     }
@@ -170,9 +177,13 @@ mod tests {
     #[test]
     fn odd_shapes() {
         // whole address space, one subnet for all, one host a subnet, subnet shorter than the network, too many for an index
-        for (network, len) in
-            [("0.0.0.0/0", 0), ("10.0.0.0/8", 8), ("10.0.0.0/20", 32), ("10.0.0.0/24", 16), ("10.0.0.0/8", 30)]
-        {
+        for (network, len) in [
+            ("0.0.0.0/0", 0),
+            ("10.0.0.0/8", 8),
+            ("10.0.0.0/20", 32),
+            ("10.0.0.0/24", 16),
+            ("10.0.0.0/8", 30),
+        ] {
             let mut table = Table::new(net(network), len);
             let subnet = Ipv4Net::new(ip("10.0.0.0"), len).unwrap();
             table.set(subnet, hop(1));
@@ -196,7 +207,8 @@ mod tests {
         for _ in 0..5000 {
             let address = Ipv4Addr::from(0x0a05_0000 | (random() & 0x1fff));
             let len = 18 + u8::try_from(random() % 13).unwrap();
-            let subnet = Ipv4Net::new(address, if random() % 2 == 0 { 24 } else { len }).unwrap().trunc();
+            let subnet =
+                Ipv4Net::new(address, if random() % 2 == 0 { 24 } else { len }).unwrap().trunc();
             model.retain(|(known, _)| *known != subnet);
             if random() % 3 == 0 {
                 table.remove(subnet);
@@ -206,7 +218,10 @@ mod tests {
                 model.push((subnet, hop));
             }
             let probe = Ipv4Addr::from(0x0a05_0000 | (random() & 0x1fff));
-            let best = model.iter().filter(|(net, _)| net.contains(&probe)).max_by_key(|(net, _)| net.prefix_len());
+            let best = model
+                .iter()
+                .filter(|(net, _)| net.contains(&probe))
+                .max_by_key(|(net, _)| net.prefix_len());
             assert_eq!(table.lookup(probe), best.map(|(_, hop)| *hop));
             hits += usize::from(best.is_some());
         }

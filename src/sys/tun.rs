@@ -31,11 +31,18 @@ impl Tun {
     pub fn open(template: IfName) -> io::Result<Self> {
         let explain = |error: io::Error| {
             let remedy = match error.kind() {
-                io::ErrorKind::NotFound => "; load the kernel module tun, and give a container the device",
-                io::ErrorKind::PermissionDenied => "; it takes the capability NET_ADMIN and access to the device",
+                io::ErrorKind::NotFound => {
+                    "; load the kernel module tun, and give a container the device"
+                }
+                io::ErrorKind::PermissionDenied => {
+                    "; it takes the capability NET_ADMIN and access to the device"
+                }
                 _ => "",
             };
-            io::Error::new(error.kind(), format!("open {CLONE_DEVICE} for {template}: {error}{remedy}"))
+            io::Error::new(
+                error.kind(),
+                format!("open {CLONE_DEVICE} for {template}: {error}{remedy}"),
+            )
         };
         let file = OpenOptions::new()
             .read(true)
@@ -99,11 +106,21 @@ fn attach(file: &File, template: IfName) -> io::Result<IfName> {
 }
 
 impl event::Source for Tun {
-    fn register(&mut self, registry: &Registry, token: Token, interests: Interest) -> io::Result<()> {
+    fn register(
+        &mut self,
+        registry: &Registry,
+        token: Token,
+        interests: Interest,
+    ) -> io::Result<()> {
         SourceFd(&self.file.as_raw_fd()).register(registry, token, interests)
     }
 
-    fn reregister(&mut self, registry: &Registry, token: Token, interests: Interest) -> io::Result<()> {
+    fn reregister(
+        &mut self,
+        registry: &Registry,
+        token: Token,
+        interests: Interest,
+    ) -> io::Result<()> {
         SourceFd(&self.file.as_raw_fd()).reregister(registry, token, interests)
     }
 

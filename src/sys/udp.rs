@@ -23,7 +23,9 @@ impl UdpPort {
     pub fn bind(address: SocketAddrV4) -> io::Result<Self> {
         let socket = UdpSocket::bind(address.into()).map_err(|error| {
             let remedy = match error.kind() {
-                io::ErrorKind::AddrInUse => "; another flanneld or VXLAN device has the port: set Backend.Port",
+                io::ErrorKind::AddrInUse => {
+                    "; another flanneld or VXLAN device has the port: set Backend.Port"
+                }
                 _ => "",
             };
             io::Error::new(error.kind(), format!("listen on UDP {address}: {error}{remedy}"))
@@ -62,11 +64,21 @@ pub fn is_too_long(error: &io::Error) -> bool {
 }
 
 impl event::Source for UdpPort {
-    fn register(&mut self, registry: &Registry, token: Token, interests: Interest) -> io::Result<()> {
+    fn register(
+        &mut self,
+        registry: &Registry,
+        token: Token,
+        interests: Interest,
+    ) -> io::Result<()> {
         self.socket.register(registry, token, interests)
     }
 
-    fn reregister(&mut self, registry: &Registry, token: Token, interests: Interest) -> io::Result<()> {
+    fn reregister(
+        &mut self,
+        registry: &Registry,
+        token: Token,
+        interests: Interest,
+    ) -> io::Result<()> {
         self.socket.reregister(registry, token, interests)
     }
 

@@ -7,7 +7,8 @@
 pub fn of(data: &[u8]) -> u16 {
     let (words, rest) = data.as_chunks::<2>();
     let last = rest.first().map_or(0, |byte| u32::from(*byte) << 8);
-    let sum = words.iter().fold(last, |sum, word| sum.wrapping_add(u32::from(u16::from_be_bytes(*word))));
+    let sum =
+        words.iter().fold(last, |sum, word| sum.wrapping_add(u32::from(u16::from_be_bytes(*word))));
     !fold(sum)
 }
 

@@ -69,8 +69,10 @@ impl Error {
 
 fn may_be_answered<T: AsRef<[u8]>>(offender: &ipv4::Packet<T>) -> bool {
     let source = offender.source();
-    let from_a_host = !source.is_unspecified() && !source.is_multicast() && source != Ipv4Addr::BROADCAST;
-    let to_a_host = !offender.destination().is_multicast() && offender.destination() != Ipv4Addr::BROADCAST;
+    let from_a_host =
+        !source.is_unspecified() && !source.is_multicast() && source != Ipv4Addr::BROADCAST;
+    let to_a_host =
+        !offender.destination().is_multicast() && offender.destination() != Ipv4Addr::BROADCAST;
     // Errors are never answered with errors. Queries, echo requests among them, are.
     let is_icmp_error = offender.protocol() == ipv4::PROTOCOL_ICMP
         && offender.payload().first().is_none_or(|kind| matches!(kind, 3 | 4 | 5 | 11 | 12));
@@ -143,7 +145,10 @@ mod tests {
         let head = |error| reply(error, &offender()).unwrap()[20..28].to_vec();
         assert_eq!(head(Error::TimeExceeded)[..2], [11, 0]);
         let needed = head(Error::FragmentationNeeded { mtu: 1472 });
-        assert_eq!((needed[..2].to_vec(), needed[4..].to_vec()), (vec![3, 4], vec![0, 0, 0x05, 0xc0]));
+        assert_eq!(
+            (needed[..2].to_vec(), needed[4..].to_vec()),
+            (vec![3, 4], vec![0, 0, 0x05, 0xc0])
+        );
         for error in [Error::TimeExceeded, Error::FragmentationNeeded { mtu: 1472 }] {
             assert_eq!(checksum::of(&reply(error, &offender()).unwrap()[20..]), 0);
         }
