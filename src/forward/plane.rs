@@ -58,12 +58,12 @@ enum Step {
 
 impl Plane {
     /// Takes over both descriptors; `mtu` is the TUN device's, in bytes.
-    pub fn new(engine: Engine, tun: Tun, udp: UdpPort, mtu: u16) -> Self {
+    pub fn new(engine: Engine, tun: Tun, udp: UdpPort, mtu: u32) -> Self {
         Self {
             engine,
             tun,
             udp,
-            mtu,
+            mtu: u16::try_from(mtu).unwrap_or(u16::MAX),
             outbound: vec![0; ipv4::MAX_LEN].into(),
             waiting: None,
             inbound: vec![0; ipv4::MAX_LEN].into(),

@@ -24,11 +24,11 @@ pub struct Tun {
 }
 
 impl Tun {
-    /// Makes a device. A `%d` in `template` becomes the first number that is free, as in `flannel%d`.
+    /// Makes a device. A `%d` in the name becomes the first number that is free, as in `flannel%d`.
     ///
     /// # Errors
     /// The text says what failed and what to do.
-    pub fn open(template: IfName) -> io::Result<Self> {
+    pub fn open(template: &str) -> io::Result<Self> {
         let explain = |error: io::Error| {
             let remedy = match error.kind() {
                 io::ErrorKind::NotFound => {
@@ -50,7 +50,8 @@ impl Tun {
             .custom_flags(libc::O_NONBLOCK) // O_CLOEXEC is std's own habit
             .open(CLONE_DEVICE)
             .map_err(explain)?;
-        let name = attach(&file, template).map_err(explain)?;
+        let wanted = IfName::new(template).ok_or_else(|| io::ErrorKind::InvalidInput.into());
+        let name = wanted.and_then(|wanted| attach(&file, wanted)).map_err(explain)?;
         Ok(Self { file, name })
     }
 

@@ -33,14 +33,6 @@ impl UdpPort {
         Ok(Self { socket })
     }
 
-    /// The address it is bound to.
-    ///
-    /// # Errors
-    /// As `getsockname(2)`.
-    pub fn local_addr(&self) -> io::Result<std::net::SocketAddr> {
-        self.socket.local_addr()
-    }
-
     /// Reads one datagram into `buffer`, which holds the longest one that there is. `WouldBlock` when none waits.
     ///
     /// # Errors
