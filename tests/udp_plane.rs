@@ -2,6 +2,7 @@
 //! The other host is a plain socket on another loopback address. Needs root.
 #![allow(unsafe_code)] // an allocator that counts, and unshare(2)
 #![allow(clippy::disallowed_methods)] // the tests read the clock
+#![allow(clippy::unwrap_used)] // in the helpers of tests as well
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;

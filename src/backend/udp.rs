@@ -37,6 +37,9 @@ impl Udp {
                     .into(),
             ));
         };
+        if let Some(v6) = &config.v6 {
+            log::warn!("the udp backend carries IPv4 only: no packets will flow in {}", v6.network);
+        }
         let options = Options::parse("Backend", &config.backend).map_err(BackendError)?;
         let port = match options.integer("Port").map_err(BackendError)? {
             None => DEFAULT_PORT,

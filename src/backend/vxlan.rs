@@ -35,6 +35,12 @@ impl Vxlan {
         memory: &Memory,
     ) -> Result<Self, BackendError> {
         let settings = Settings::parse(&config.backend).map_err(BackendError)?;
+        if let Some(mtu) = settings.mtu.filter(|mtu| *mtu > underlay.mtu) {
+            let (name, actual) = (underlay.name, underlay.mtu);
+            log::warn!(
+                "Backend.MTU is {mtu}, but {name} carries {actual}: using {actual}, as the kernel would"
+            );
+        }
         let vtep = |family, exclusive, public: IpAddr| {
             Vtep::new(family, &settings, underlay, memory, public, exclusive).map(Some)
         };
@@ -390,6 +396,8 @@ mod tests {
             memory.published = Some(attrs);
             assert_eq!(mac(&memory), expected, "{published}");
         }
+        memory.live_macs = vec![(IfName::new("flannel.1").unwrap(), Mac([0; 6]))];
+        assert_eq!(mac(&memory), "fe:01:02:03:04:05", "a device of another kind, without a MAC");
         memory.live_macs = vec![
             (IfName::new("flannel-v6.1").unwrap(), Mac([2, 0, 0, 0, 0, 6])),
             (IfName::new("flannel.1").unwrap(), Mac([2, 0, 0, 0, 0, 4])),

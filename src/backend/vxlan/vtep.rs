@@ -168,7 +168,11 @@ fn device_mtu(
 /// A live device keeps its MAC, and a device that comes back gets the one that peers know from the lease: what they have
 /// programmed goes on working. Else one is made up, marked as locally administered, which also keeps udev from replacing it.
 fn choose_mac(family: Family, link: IfName, memory: &Memory) -> Mac {
-    let live = memory.live_macs.iter().find(|(name, _)| *name == link).map(|(_, mac)| *mac);
+    let live = memory
+        .live_macs
+        .iter()
+        .find(|(name, mac)| *name == link && mac.is_unicast())
+        .map(|(_, mac)| *mac);
     let published = || {
         let attrs = memory.published.as_ref()?;
         let data = match family {
