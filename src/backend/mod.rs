@@ -1,9 +1,16 @@
 //! Backends: which kernel objects carry the packets to a lease. A backend decides and declares; `kernel` and `forward` do.
 
+mod alloc;
+mod host_gw;
+mod options;
+mod peer;
+mod udp;
+mod vxlan;
+
 use std::fmt;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use crate::config::NetworkConfig;
 use crate::kernel::{IfName, Mac, Object};
@@ -30,6 +37,24 @@ pub struct Underlay {
     pub public_v6_is_local: bool,
 }
 
+impl Underlay {
+    fn need_public_v4(&self, backend: &str) -> Result<Ipv4Addr, BackendError> {
+        self.public_v4.ok_or_else(|| self.no_public_address(backend, "IPv4", "--public-ip"))
+    }
+
+    fn need_public_v6(&self, backend: &str) -> Result<Ipv6Addr, BackendError> {
+        self.public_v6.ok_or_else(|| self.no_public_address(backend, "IPv6", "--public-ipv6"))
+    }
+
+    fn no_public_address(&self, backend: &str, family: &str, flag: &str) -> BackendError {
+        BackendError(format!(
+            "the {backend} backend has no {family} address to tell its peers, and the network config enables {family}: \
+             give {} one, choose another --iface, or set {flag}",
+            self.name
+        ))
+    }
+}
+
 /// What this host knows of its own past, for keeping MAC addresses over restarts, reboots and re-created devices.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Memory {
@@ -48,6 +73,8 @@ pub struct PeerPlan {
     pub objects: Vec<Object>,
     /// Entries of the userspace forwarding table (udp backend).
     pub forward: Vec<(IpNet, SocketAddr)>,
+    /// Why one of the peer's families cannot be used, when the other can.
+    pub trouble: Option<PeerError>,
 }
 
 /// Which families of a peer's underlay addresses are on-link here, so that a direct route works (backends spec 2.2).
@@ -113,9 +140,32 @@ pub trait Backend: fmt::Debug {
     fn devices(&self) -> Vec<IfName> {
         Vec::new()
     }
-    /// The UDP port of the userspace data plane, if this backend has one.
+    /// The TUN device is open under this name. Only for a backend with a [`Backend::forward_port`], and before its
+    /// [`Backend::host_objects`] are asked for.
+    fn set_tun(&mut self, name: IfName) {
+        let _ = name;
+    }
+    /// The UDP port of the userspace data plane, if this backend has one. The plane listens on the underlay's own IPv4
+    /// address (`local_v4`, which such a backend has made sure of).
     fn forward_port(&self) -> Option<u16> {
         None
+    }
+}
+
+/// What the lease of this host must have for the families that the network config enables.
+impl Subnets {
+    fn need_v4(&self) -> Result<Ipv4Net, BackendError> {
+        self.v4.ok_or_else(|| self.lacks("IPv4"))
+    }
+
+    fn need_v6(&self) -> Result<Ipv6Net, BackendError> {
+        self.v6.ok_or_else(|| self.lacks("IPv6"))
+    }
+
+    fn lacks(&self, family: &str) -> BackendError {
+        BackendError(format!(
+            "this host's lease {self} has no {family} subnet, which the network config enables"
+        ))
     }
 }
 
@@ -128,6 +178,129 @@ pub fn create(
     underlay: &Underlay,
     memory: &Memory,
 ) -> Result<Box<dyn Backend>, BackendError> {
-    let _ = (underlay, memory);
-    Err(BackendError(format!("unknown backend type {:?}", config.backend_type)))
+    Ok(match config.backend_type.to_ascii_lowercase().as_str() {
+        "alloc" => Box::new(alloc::Alloc::new(config, underlay)?),
+        "host-gw" => Box::new(host_gw::HostGw::new(config, underlay)?),
+        "udp" => Box::new(udp::Udp::new(config, underlay)?),
+        "vxlan" => Box::new(vxlan::Vxlan::new(config, underlay, memory)?),
+        "" => {
+            return Err(BackendError(format!(
+                "the network config has a Backend without a Type: set it to {KNOWN}"
+            )));
+        }
+        other if ELSEWHERE.contains(&other) => {
+            return Err(BackendError(format!(
+                "backend type {other:?} is not in this build; it has {KNOWN}"
+            )));
+        }
+        other => {
+            return Err(BackendError(format!(
+                "unknown backend type {other:?}; this build has {KNOWN}"
+            )));
+        }
+    })
+}
+
+/// The backends of this build, for messages.
+const KNOWN: &str = "alloc, host-gw, udp, vxlan";
+/// Backends that the Go flanneld has or had.
+const ELSEWHERE: [&str; 8] =
+    ["ipip", "wireguard", "ipsec", "extension", "tencent-vpc", "aws-vpc", "gce", "ali-vpc"];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::FamilyConfig;
+
+    /// Two hosts on one segment: this one is .11, its subnets end in 1; [`lease`] is .12's, whose subnets end in 2.
+    pub(super) fn underlay() -> Underlay {
+        Underlay {
+            name: IfName::new("eth0").unwrap(),
+            mtu: 1500,
+            local_v4: Some([192, 168, 0, 11].into()),
+            local_v6: Some("fd01::11".parse().unwrap()),
+            public_v4: Some([192, 168, 0, 11].into()),
+            public_v6: Some("fd01::11".parse().unwrap()),
+            public_v4_is_local: true,
+            public_v6_is_local: true,
+        }
+    }
+
+    pub(super) fn own() -> Subnets {
+        Subnets { v4: "10.5.1.0/24".parse().ok(), v6: "fd00:5:0:1::/64".parse().ok() }
+    }
+
+    pub(super) fn lease(backend_type: &str) -> Lease {
+        Lease {
+            subnets: Subnets { v4: "10.5.2.0/24".parse().ok(), v6: "fd00:5:0:2::/64".parse().ok() },
+            attrs: LeaseAttrs {
+                public_ip: Some([192, 168, 0, 12].into()),
+                public_ipv6: Some("fd01::12".parse().unwrap()),
+                backend_type: backend_type.into(),
+                ..LeaseAttrs::default()
+            },
+            created: 1,
+        }
+    }
+
+    pub(super) fn dual(backend_type: &str, options: &str) -> NetworkConfig {
+        NetworkConfig {
+            v4: Some(FamilyConfig {
+                network: "10.5.0.0/16".parse().unwrap(),
+                subnet_len: 24,
+                subnet_min: [10, 5, 1, 0].into(),
+                subnet_max: [10, 5, 255, 0].into(),
+            }),
+            v6: Some(FamilyConfig {
+                network: "fd00:5::/48".parse().unwrap(),
+                subnet_len: 64,
+                subnet_min: "fd00:5:0:1::".parse().unwrap(),
+                subnet_max: "fd00:5:0:ffff::".parse().unwrap(),
+            }),
+            backend_type: backend_type.into(),
+            backend: options.into(),
+            enable_nftables: false,
+        }
+    }
+
+    pub(super) fn v4(backend_type: &str, options: &str) -> NetworkConfig {
+        NetworkConfig { v6: None, ..dual(backend_type, options) }
+    }
+
+    pub(super) fn v6(backend_type: &str, options: &str) -> NetworkConfig {
+        NetworkConfig { v4: None, ..dual(backend_type, options) }
+    }
+
+    fn named(backend_type: &str) -> Result<&'static str, String> {
+        let made = create(&v4(backend_type, "{}"), &underlay(), &Memory::default());
+        made.map(|backend| backend.name()).map_err(|error| error.0)
+    }
+
+    #[test]
+    fn types_by_name_whatever_the_case() {
+        for (typed, name) in
+            [("alloc", "alloc"), ("Host-GW", "host-gw"), ("udp", "udp"), ("VXLAN", "vxlan")]
+        {
+            assert_eq!(named(typed), Ok(name));
+        }
+    }
+
+    #[test]
+    fn other_types_are_refused_with_what_there_is() {
+        for (typed, says) in [
+            ("", "without a Type"),
+            ("WireGuard", "not in this build"),
+            ("vxlam", "unknown backend type \"vxlam\""),
+        ] {
+            let error = named(typed).unwrap_err();
+            assert!(error.contains(says) && error.contains(KNOWN), "{error}");
+        }
+    }
+
+    #[test]
+    fn options_must_be_an_object() {
+        for kind in ["udp", "vxlan"] {
+            assert!(create(&v4(kind, "[]"), &underlay(), &Memory::default()).is_err());
+        }
+    }
 }

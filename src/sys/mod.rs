@@ -1,1 +1,4 @@
-//! placeholder
+//! Every unsafe block and system call.
+
+pub mod tun;
+pub mod udp;
