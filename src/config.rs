@@ -7,7 +7,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
-use crate::json::Object;
+use crate::json::Fields;
 
 /// One address family's share of the network. `A` is the address type, `N` the prefix type.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -63,7 +63,7 @@ impl NetworkConfig {
     /// # Errors
     /// The first thing that is wrong, IPv4 before IPv6.
     pub fn parse(document: &str) -> Result<Self, ConfigError> {
-        let object = Object::parse("the network config", document)?;
+        let object = Fields::parse("the network config", document)?;
         let (backend_type, backend) = backend(&object)?;
         let v4 = object.flag("EnableIPv4")?.unwrap_or(true);
         let v6 = object.flag("EnableIPv6")?.unwrap_or(false);
@@ -96,11 +96,11 @@ impl NetworkConfig {
 }
 
 /// Type, lower-cased, and verbatim text of the `Backend` object.
-fn backend(object: &Object<'_>) -> Result<(String, String), ConfigError> {
+fn backend(object: &Fields<'_>) -> Result<(String, String), ConfigError> {
     let Some(text) = object.raw("Backend") else {
         return Ok(("udp".into(), "{}".into()));
     };
-    let kind = Object::parse("Backend", text)?.text("Type")?.unwrap_or_default();
+    let kind = Fields::parse("Backend", text)?.text("Type")?.unwrap_or_default();
     if kind.is_empty() {
         return Err("Backend has no Type: name one, such as \"vxlan\"".to_owned().into());
     }
@@ -169,7 +169,7 @@ impl Family {
         1 << (self.bits - len)
     }
 
-    fn network(&self, object: &Object<'_>) -> Result<(u128, u8), ConfigError> {
+    fn network(&self, object: &Fields<'_>) -> Result<(u128, u8), ConfigError> {
         let name = self.network;
         let example = if self.is_v4 { "10.5.0.0/16" } else { "fd00:5::/48" };
         let text = object.text(name)?.ok_or_else(|| {
@@ -185,7 +185,7 @@ impl Family {
         Ok((widen(net.network()), len))
     }
 
-    fn address(&self, object: &Object<'_>, name: &str) -> Result<Option<u128>, ConfigError> {
+    fn address(&self, object: &Fields<'_>, name: &str) -> Result<Option<u128>, ConfigError> {
         let Some(text) = object.text(name)? else { return Ok(None) };
         let address: IpAddr = text
             .parse()
@@ -211,7 +211,7 @@ pub(crate) fn prefix(text: &str) -> Option<IpNet> {
 }
 
 /// Upstream's "Rules B" for one family: at least four subnets, the first of which is not leased.
-fn family(family: &Family, object: &Object<'_>) -> Result<Derived, ConfigError> {
+fn family(family: &Family, object: &Fields<'_>) -> Result<Derived, ConfigError> {
     let (network, prefix_len) = family.network(object)?;
     let shown = format!("{} {}/{prefix_len}", family.network, family.show(network));
     let longest = family.bits - 2;

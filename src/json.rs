@@ -14,18 +14,18 @@ const SHOWN: usize = 40;
 
 /// The fields of one JSON object.
 #[derive(Debug)]
-pub(crate) struct Object<'a> {
+pub(crate) struct Fields<'a> {
     /// What the object is called in error texts: `Backend`.
     name: &'static str,
     fields: Vec<(String, &'a str)>,
 }
 
-impl<'a> Object<'a> {
+impl<'a> Fields<'a> {
     /// Parses `json`, which must be one object; `null` is an empty one.
     pub(crate) fn parse(name: &'static str, json: &'a str) -> Result<Self, String> {
         let mut parser = serde_json::Deserializer::from_str(json);
         let fields = parser
-            .deserialize_any(Fields)
+            .deserialize_any(Collect)
             .and_then(|fields| parser.end().map(|()| fields))
             .map_err(|error| {
                 // not serde's text, which can hold the whole document
@@ -93,9 +93,9 @@ fn shown(text: &str) -> String {
 }
 
 /// Collects an object's fields in their order, duplicates included.
-struct Fields;
+struct Collect;
 
-impl<'de> Visitor<'de> for Fields {
+impl<'de> Visitor<'de> for Collect {
     type Value = Vec<(String, &'de str)>;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -119,8 +119,8 @@ impl<'de> Visitor<'de> for Fields {
 mod tests {
     use super::*;
 
-    fn options(json: &str) -> Object<'_> {
-        Object::parse("Backend", json).unwrap()
+    fn options(json: &str) -> Fields<'_> {
+        Fields::parse("Backend", json).unwrap()
     }
 
     #[test]
@@ -172,7 +172,7 @@ mod tests {
     #[test]
     fn only_one_object() {
         for bad in ["", "[]", "5", "\"x\"", "{", "{} {}", r#"{"a":}"#, r#"{"a":1,}"#] {
-            let error = Object::parse("BackendData", bad).unwrap_err();
+            let error = Fields::parse("BackendData", bad).unwrap_err();
             assert!(error.starts_with("BackendData must be a JSON object, got "), "{error}");
         }
     }
@@ -182,7 +182,7 @@ mod tests {
         let json = format!(r#"{{"VNI":"{}"}}"#, "é".repeat(10_000));
         let error = options(&json).integer("VNI").unwrap_err();
         assert!(error.len() < 200, "{}", error.len());
-        let error = Object::parse("BackendData", "\"\n[2026] forged line\"").unwrap_err();
+        let error = Fields::parse("BackendData", "\"\n[2026] forged line\"").unwrap_err();
         assert!(!error.contains('\n'), "{error}");
     }
 }

@@ -2,7 +2,6 @@
 
 mod alloc;
 mod host_gw;
-mod options;
 mod peer;
 mod udp;
 mod vxlan;
@@ -260,6 +259,7 @@ mod tests {
             backend_type: backend_type.into(),
             backend: options.into(),
             enable_nftables: false,
+            document: String::new(),
         }
     }
 

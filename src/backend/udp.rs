@@ -5,10 +5,10 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use ipnet::{IpNet, Ipv4Net};
 
-use super::options::Options;
 use super::{Backend, BackendError, Direct, PeerError, PeerPlan, Underlay, peer};
 use crate::config::NetworkConfig;
 use crate::forward::OVERHEAD;
+use crate::json::Fields;
 use crate::kernel::{Address, IfName, Link, LinkKind, Object, Route};
 use crate::lease::{Lease, LeaseAttrs, Subnets};
 
@@ -40,7 +40,7 @@ impl Udp {
         if let Some(v6) = &config.v6 {
             log::warn!("the udp backend carries IPv4 only: no packets will flow in {}", v6.network);
         }
-        let options = Options::parse("Backend", &config.backend).map_err(BackendError)?;
+        let options = Fields::parse("Backend", &config.backend).map_err(BackendError)?;
         let port = match options.integer("Port").map_err(BackendError)? {
             None => DEFAULT_PORT,
             Some(port) => u16::try_from(port)

@@ -1,4 +1,7 @@
-//! Every unsafe block and system call.
+//! All of the unsafe code and the raw system calls, each behind a small safe type.
 
+pub mod random;
+pub mod signal;
+pub mod time;
 pub mod tun;
 pub mod udp;

@@ -1,6 +1,6 @@
 //! The vxlan backend's options, checked.
 
-use crate::backend::options::Options;
+use crate::json::Fields;
 
 /// What the `Backend` object of the network config asks for.
 #[derive(Debug)]
@@ -22,7 +22,7 @@ pub(super) struct Settings {
 impl Settings {
     /// Parses and checks the `Backend` object. The error names the option.
     pub(super) fn parse(backend: &str) -> Result<Self, String> {
-        let options = Options::parse("Backend", backend)?;
+        let options = Fields::parse("Backend", backend)?;
         let vni = options.integer("VNI")?.unwrap_or(1);
         let port = options.integer("Port")?.unwrap_or(0);
         let mtu =
@@ -45,9 +45,9 @@ impl Settings {
                 .map(|port| (port != 0).then_some(port))
                 .map_err(|_| options.wrong("Port", "0 (the kernel's default) to 65535", port))?,
             mtu,
-            learning: options.flag("Learning")?,
-            gbp: options.flag("GBP")?,
-            direct_routing: options.flag("DirectRouting")?,
+            learning: options.flag("Learning")?.unwrap_or_default(),
+            gbp: options.flag("GBP")?.unwrap_or_default(),
+            direct_routing: options.flag("DirectRouting")?.unwrap_or_default(),
         })
     }
 }

@@ -5,9 +5,9 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use super::settings::Settings;
-use crate::backend::options::Options;
 use crate::backend::peer::PeerFamily;
 use crate::backend::{BackendError, Memory, PeerError, Underlay};
+use crate::json::Fields;
 use crate::kernel::{Fdb, IfName, Mac, Neighbour, Object, Route};
 
 /// Address family of overlay and underlay alike.
@@ -108,7 +108,7 @@ impl Vtep {
         let name = data_name(peer.subnet.addr());
         let data = peer.data.ok_or_else(|| PeerError(format!("publishes no {name}")))?;
         let text =
-            Options::parse(name, data).and_then(|data| data.text("VtepMAC")).map_err(PeerError)?;
+            Fields::parse(name, data).and_then(|data| data.text("VtepMAC")).map_err(PeerError)?;
         let Some(text) = text.filter(|text| !text.is_empty()) else {
             // A Windows host that is not ready yet.
             return Err(PeerError(format!("publishes no VtepMAC in its {name} (yet)")));
@@ -180,7 +180,7 @@ fn choose_mac(family: Family, link: IfName, memory: &Memory) -> Mac {
             Family::V6 => attrs.backend_v6_data.as_deref()?,
         };
         let mac: Mac =
-            Options::parse("own lease", data).ok()?.text("VtepMAC").ok()??.parse().ok()?;
+            Fields::parse("own lease", data).ok()?.text("VtepMAC").ok()??.parse().ok()?;
         mac.is_unicast().then_some(mac)
     };
     live.or_else(published).unwrap_or_else(|| {

@@ -1,0 +1,20 @@
+//! Who a readiness event is for.
+
+use mio::Token;
+
+/// Signals.
+pub(super) const SIGNALS: Token = Token(0);
+/// Results of the name-resolution worker.
+pub(super) const WAKER: Token = Token(1);
+/// Answers to our netlink requests.
+pub(super) const NETLINK_REPLIES: Token = Token(2);
+/// Netlink notifications.
+pub(super) const NETLINK_NOTICES: Token = Token(3);
+/// The udp backend's TUN device.
+pub(super) const TUN: Token = Token(4);
+/// The udp backend's socket.
+pub(super) const UDP: Token = Token(5);
+/// The health server: its listener and connections use tokens from here up to [`HTTP`].
+pub(super) const HEALTH: usize = 0x100;
+/// The store's HTTP client uses tokens from here up.
+pub(super) const HTTP: usize = 0x1_0000;
