@@ -1,5 +1,16 @@
 //! Non-blocking HTTP/1.1: what is asked for and what comes back. The types here are all that stores see of HTTP.
 
+pub mod client;
+mod conn;
+pub mod elements;
+mod endpoint;
+mod exchange;
+mod resolve;
+mod tls;
+
+pub use self::endpoint::{BadEndpoint, Endpoint};
+pub use self::tls::TlsSettings;
+
 use std::fmt;
 use std::time::Duration;
 

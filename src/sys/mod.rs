@@ -2,6 +2,7 @@
 
 pub mod random;
 pub mod signal;
+pub mod tcp;
 pub mod time;
 pub mod tun;
 pub mod udp;

@@ -1,0 +1,444 @@
+//! The HTTP client of one store: two lanes, each with one exchange at most and one connection that is kept between them.
+//!
+//! The loop calls [`Client::ready`] for events of tokens that [`Client::owns`], [`Client::handle_resolved`] when the waker
+//! fired, and [`Client::handle_timeout`] when [`Client::poll_timeout`] has passed. Everything that happens to an exchange
+//! comes out through the `sink` of these calls; [`Client::start`] and [`Client::cancel`] never call back.
+
+use std::collections::VecDeque;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use mio::{Registry, Token, Waker};
+
+use super::conn::{Conn, Turn};
+use super::endpoint::{Endpoint, Host};
+use super::resolve::Resolver;
+use super::tls::{Tls, TlsSettings, Transport};
+use super::{HttpEvent, Request};
+use crate::store::Lane;
+
+/// How long one address may take to connect while there are others to try.
+const CONNECT: Duration = Duration::from_secs(3);
+/// How long connecting may take at all when the request has no deadline of its own.
+const CONNECT_AT_ALL: Duration = Duration::from_secs(10);
+
+/// Who hears what happens to exchanges.
+pub type Sink<'a> = &'a mut dyn FnMut(Lane, HttpEvent<'_>);
+
+/// The client.
+#[derive(Debug)]
+pub struct Client {
+    endpoints: Vec<Endpoint>,
+    tls: Option<Tls>,
+    resolver: Resolver,
+    /// Tokens from here up are ours: one for each connection ever opened.
+    first_token: usize,
+    opened: usize,
+    lanes: [Slot; 2],
+}
+
+/// One lane.
+#[derive(Debug, Default)]
+struct Slot {
+    state: State,
+    /// The number of the connection, for telling its events from those of an earlier one.
+    number: usize,
+}
+
+#[derive(Debug, Default)]
+enum State {
+    /// Nothing is asked; a connection to this endpoint may be kept.
+    #[default]
+    Free,
+    Kept {
+        endpoint: usize,
+        conn: Conn,
+    },
+    /// It failed before anything was sent; to be told at the next opportunity.
+    Failed {
+        reason: String,
+        since: Instant,
+    },
+    Resolving {
+        request: Request,
+        limits: Limits,
+        ticket: u64,
+    },
+    Busy(Box<Busy>),
+}
+
+/// An exchange with a connection.
+#[derive(Debug)]
+struct Busy {
+    conn: Conn,
+    request: Request,
+    limits: Limits,
+    /// Addresses not tried yet.
+    others: VecDeque<SocketAddr>,
+    /// When this address has had its time.
+    connect_by: Option<Instant>,
+    /// The budget ran out in the last turn.
+    more_since: Option<Instant>,
+}
+
+/// When to give up.
+#[derive(Debug, Clone, Copy)]
+struct Limits {
+    deadline: Option<Instant>,
+    silence: Option<(Duration, Instant)>,
+}
+
+impl Limits {
+    fn new(request: &Request, now: Instant) -> Self {
+        Self {
+            deadline: request.deadline.map(|after| now + after),
+            silence: request.silence.map(|after| (after, now + after)),
+        }
+    }
+
+    fn next(&self) -> Option<Instant> {
+        self.deadline.into_iter().chain(self.silence.map(|(_, at)| at)).min()
+    }
+
+    fn passed(&self, now: Instant) -> Option<&'static str> {
+        if self.deadline.is_some_and(|at| at <= now) {
+            return Some("no complete answer in time");
+        }
+        self.silence
+            .is_some_and(|(_, at)| at <= now)
+            .then_some("the server has been silent for too long")
+    }
+}
+
+impl Client {
+    /// A client of these servers. TLS files are read now, if any endpoint takes TLS.
+    ///
+    /// # Errors
+    /// The text says what is wrong with an endpoint or a file.
+    pub fn new(
+        urls: &[String],
+        tls: &TlsSettings,
+        waker: Arc<Waker>,
+        first_token: usize,
+    ) -> Result<Self, String> {
+        let parsed: Result<Vec<Endpoint>, _> = urls.iter().map(|url| url.parse()).collect();
+        let endpoints = parsed.map_err(|error| error.to_string())?;
+        let tls = endpoints.iter().any(Endpoint::is_tls).then(|| Tls::load(tls)).transpose()?;
+        let resolver = Resolver::new(waker);
+        Ok(Self { endpoints, tls, resolver, first_token, opened: 0, lanes: Default::default() })
+    }
+
+    /// Starts an exchange on a free lane.
+    pub fn start(&mut self, lane: Lane, request: Request, registry: &Registry, now: Instant) {
+        let limits = Limits::new(&request, now);
+        let Some(request) = self.reuse(lane, request, limits, registry, now) else { return };
+        let slot = &mut self.lanes[index(lane)];
+        let Some(endpoint) = self.endpoints.get(request.endpoint) else {
+            slot.state = State::Failed { reason: "there is no such endpoint".into(), since: now };
+            return;
+        };
+        match endpoint.host.clone() {
+            Host::Address(address) => {
+                let addresses = VecDeque::from([SocketAddr::new(address, endpoint.port)]);
+                self.connect(lane, request, limits, addresses, registry, now);
+            }
+            Host::Name(name) => {
+                self.opened += 1;
+                let ticket = self.opened as u64;
+                slot.state = match self.resolver.ask(ticket, &name, endpoint.port) {
+                    Ok(()) => State::Resolving { request, limits, ticket },
+                    Err(reason) => State::Failed { reason, since: now },
+                };
+            }
+        }
+    }
+
+    /// Puts the request on the connection that was kept, if it is fit and leads to the right server; gives it back if not.
+    fn reuse(
+        &mut self,
+        lane: Lane,
+        request: Request,
+        limits: Limits,
+        registry: &Registry,
+        now: Instant,
+    ) -> Option<Request> {
+        let slot = &mut self.lanes[index(lane)];
+        match std::mem::take(&mut slot.state) {
+            State::Kept { endpoint, mut conn } => {
+                if endpoint != request.endpoint || !conn.is_fit() {
+                    conn.close(registry);
+                    return Some(request);
+                }
+                slot.state = match conn.start(&self.endpoints[endpoint], &request) {
+                    Ok(()) => State::Busy(Box::new(Busy {
+                        conn,
+                        request,
+                        limits,
+                        others: VecDeque::new(),
+                        connect_by: None,
+                        // its socket is writable and says so no more: the first turn comes by itself
+                        more_since: Some(now),
+                    })),
+                    Err(reason) => State::Failed { reason, since: now },
+                };
+                None
+            }
+            State::Busy(mut busy) => {
+                busy.conn.close(registry);
+                Some(request)
+            }
+            _ => Some(request),
+        }
+    }
+
+    /// Drops the exchange on this lane, and its connection.
+    pub fn cancel(&mut self, lane: Lane, registry: &Registry) {
+        if let State::Busy(mut busy) = std::mem::take(&mut self.lanes[index(lane)].state) {
+            busy.conn.close(registry);
+        }
+    }
+
+    /// Is this token one of ours?
+    pub fn owns(&self, token: Token) -> bool {
+        token.0 >= self.first_token
+    }
+
+    /// Something happened to the connection with this token.
+    pub fn ready(&mut self, token: Token, registry: &Registry, now: Instant, sink: Sink<'_>) {
+        for lane in [Lane::Unary, Lane::Watch] {
+            if self.first_token + self.lanes[index(lane)].number == token.0 {
+                self.turn(lane, registry, now, sink);
+            }
+        }
+    }
+
+    /// The waker has fired: names may have been resolved.
+    pub fn handle_resolved(&mut self, registry: &Registry, now: Instant) {
+        while let Some(answer) = self.resolver.next() {
+            for lane in [Lane::Unary, Lane::Watch] {
+                let state = &mut self.lanes[index(lane)].state;
+                match std::mem::take(state) {
+                    State::Resolving { request, limits, ticket } if ticket == answer.ticket => {
+                        match &answer.addresses {
+                            Ok(found) => self.connect(
+                                lane,
+                                request,
+                                limits,
+                                found.iter().copied().collect(),
+                                registry,
+                                now,
+                            ),
+                            Err(reason) => {
+                                *state = State::Failed { reason: reason.clone(), since: now }
+                            }
+                        }
+                    }
+                    other => *state = other,
+                }
+            }
+        }
+    }
+
+    /// When [`Client::handle_timeout`] wants to be called. In the past when there is something to do at once.
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        let due = |slot: &Slot| match &slot.state {
+            State::Free | State::Kept { .. } => None,
+            State::Failed { since, .. } => Some(*since),
+            State::Resolving { limits, .. } => limits.next(),
+            State::Busy(busy) => {
+                busy.limits.next().into_iter().chain(busy.connect_by).chain(busy.more_since).min()
+            }
+        };
+        self.lanes.iter().filter_map(due).min()
+    }
+
+    /// Does what is due.
+    pub fn handle_timeout(&mut self, registry: &Registry, now: Instant, sink: Sink<'_>) {
+        for lane in [Lane::Unary, Lane::Watch] {
+            let slot = &mut self.lanes[index(lane)];
+            match &mut slot.state {
+                State::Free | State::Kept { .. } => {}
+                State::Failed { reason, .. } => {
+                    let reason = std::mem::take(reason);
+                    self.fail(lane, None, &reason, registry, sink);
+                }
+                State::Resolving { limits, request, .. } => {
+                    if limits.passed(now).is_some() {
+                        let endpoint = request.endpoint;
+                        self.fail(
+                            lane,
+                            Some(endpoint),
+                            "its name was not resolved in time",
+                            registry,
+                            sink,
+                        );
+                    }
+                }
+                State::Busy(busy) => {
+                    let endpoint = busy.request.endpoint;
+                    if let Some(reason) = busy.limits.passed(now) {
+                        let reason = if busy.conn.is_connected() {
+                            reason
+                        } else {
+                            "connecting took too long"
+                        };
+                        self.fail(lane, Some(endpoint), reason, registry, sink);
+                    } else if busy.connect_by.is_some_and(|at| at <= now) {
+                        self.try_next(lane, "connecting took too long", registry, now, sink);
+                    } else if busy.more_since.is_some() {
+                        self.turn(lane, registry, now, sink);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Connects to the first of these addresses that can be tried.
+    fn connect(
+        &mut self,
+        lane: Lane,
+        request: Request,
+        limits: Limits,
+        mut addresses: VecDeque<SocketAddr>,
+        registry: &Registry,
+        now: Instant,
+    ) {
+        let mut reason = "it has no address".to_owned();
+        while let Some(address) = addresses.pop_front() {
+            self.opened += 1;
+            let number = self.opened;
+            match self.open(address, &request, registry, number) {
+                Ok(conn) => {
+                    let connect_by = match (addresses.is_empty(), limits.deadline) {
+                        (false, _) => Some(now + CONNECT),
+                        (true, None) => Some(now + CONNECT_AT_ALL),
+                        (true, Some(_)) => None,
+                    };
+                    let busy = Busy {
+                        conn,
+                        request,
+                        limits,
+                        others: addresses,
+                        connect_by,
+                        more_since: None,
+                    };
+                    self.lanes[index(lane)] = Slot { state: State::Busy(Box::new(busy)), number };
+                    return;
+                }
+                Err(error) => reason = error,
+            }
+        }
+        let reason = format!("{}: {reason}", self.endpoints[request.endpoint]);
+        self.lanes[index(lane)].state = State::Failed { reason, since: now };
+    }
+
+    fn open(
+        &self,
+        address: SocketAddr,
+        request: &Request,
+        registry: &Registry,
+        number: usize,
+    ) -> Result<Conn, String> {
+        let endpoint = &self.endpoints[request.endpoint];
+        let transport = match (&self.tls, endpoint.tls, &endpoint.host) {
+            (Some(tls), true, Host::Name(name)) => tls.session(name)?,
+            (Some(tls), true, Host::Address(address)) => tls.session(&address.to_string())?,
+            _ => Transport::Plain,
+        };
+        let token = Token(self.first_token + number);
+        let mut conn =
+            Conn::open(address, transport, registry, token).map_err(|error| error.to_string())?;
+        conn.start(endpoint, request)?;
+        Ok(conn)
+    }
+
+    fn turn(&mut self, lane: Lane, registry: &Registry, now: Instant, sink: Sink<'_>) {
+        let slot = &mut self.lanes[index(lane)];
+        let busy = match &mut slot.state {
+            State::Busy(busy) => busy,
+            // whatever an idle connection has to say, it can be kept no longer
+            State::Kept { conn, .. } => {
+                if !conn.is_fit() {
+                    conn.close(registry);
+                    slot.state = State::Free;
+                }
+                return;
+            }
+            _ => return,
+        };
+        busy.more_since = None;
+        let turn = busy.conn.turn(&mut |event| sink(lane, event));
+        if busy.conn.is_connected() {
+            busy.connect_by = None;
+        }
+        if let (true, Some((after, at))) = (busy.conn.heard(), &mut busy.limits.silence) {
+            *at = now + *after;
+        }
+        match turn {
+            Ok(Turn::Waiting) => {}
+            Ok(Turn::More) => busy.more_since = Some(now),
+            Ok(Turn::Done { reusable }) => {
+                if let State::Busy(mut busy) = std::mem::take(&mut slot.state) {
+                    if reusable {
+                        slot.state =
+                            State::Kept { endpoint: busy.request.endpoint, conn: busy.conn };
+                    } else {
+                        busy.conn.close(registry);
+                    }
+                }
+                sink(lane, HttpEvent::Done);
+            }
+            Err(reason) if !busy.conn.is_connected() => {
+                self.try_next(lane, &reason, registry, now, sink)
+            }
+            Err(reason) => {
+                let endpoint = busy.request.endpoint;
+                self.fail(lane, Some(endpoint), &reason, registry, sink);
+            }
+        }
+    }
+
+    /// This address did not work: on to the next, if there is one.
+    fn try_next(
+        &mut self,
+        lane: Lane,
+        reason: &str,
+        registry: &Registry,
+        now: Instant,
+        sink: Sink<'_>,
+    ) {
+        let State::Busy(mut busy) = std::mem::take(&mut self.lanes[index(lane)].state) else {
+            return;
+        };
+        busy.conn.close(registry);
+        let endpoint = busy.request.endpoint;
+        if busy.others.is_empty() {
+            self.fail(lane, Some(endpoint), reason, registry, sink);
+        } else {
+            self.connect(lane, busy.request, busy.limits, busy.others, registry, now);
+        }
+    }
+
+    fn fail(
+        &mut self,
+        lane: Lane,
+        endpoint: Option<usize>,
+        reason: &str,
+        registry: &Registry,
+        sink: Sink<'_>,
+    ) {
+        self.cancel(lane, registry);
+        match endpoint.and_then(|at| self.endpoints.get(at)) {
+            Some(endpoint) => sink(lane, HttpEvent::Failed(&format!("{endpoint}: {reason}"))),
+            None => sink(lane, HttpEvent::Failed(reason)),
+        }
+    }
+}
+
+fn index(lane: Lane) -> usize {
+    match lane {
+        Lane::Unary => 0,
+        Lane::Watch => 1,
+    }
+}
