@@ -13,6 +13,9 @@ use crate::lease::Subnets;
 pub struct IfName([u8; 16]);
 
 impl IfName {
+    /// Comes before every name in order.
+    pub(super) const FIRST: Self = Self([0; 16]);
+
     /// `None` when the kernel would refuse the name.
     pub fn new(name: &str) -> Option<Self> {
         let bytes = name.as_bytes();

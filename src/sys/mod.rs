@@ -1,5 +1,8 @@
 //! All of the unsafe code and the raw system calls, each behind a small safe type.
 
+pub mod buffer;
+pub mod netlink;
+pub mod netns;
 pub mod random;
 pub mod signal;
 pub mod tcp;
