@@ -36,5 +36,6 @@ pub mod notify;
 pub mod store;
 pub mod subnet_file;
 pub mod sys;
+pub mod underlay;
 pub mod view;
 pub mod wire;

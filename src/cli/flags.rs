@@ -47,7 +47,7 @@ const fn flag(name: &'static str, kind: Kind, default: &'static str, help: &'sta
 }
 
 const fn secret(name: &'static str, help: &'static str) -> Flag {
-    Flag { name, kind: Kind::Text, default: "", fate: Fate::Works, secret: true, help }
+    Flag { name, kind: Text, default: "", fate: Fate::Works, secret: true, help }
 }
 
 const fn ignored(name: &'static str, kind: Kind) -> Flag {
@@ -75,8 +75,18 @@ pub(super) const GROUPS: &[Group] = &[
                 "comma-separated URLs; the next one is tried when one fails",
             ),
             flag("etcd-prefix", Text, "/coreos.com/network", "root of the keys"),
-            flag("etcd-api", Text, "auto", "v3, v2, or auto: v3, and v2 if only v2 holds a network config"),
-            flag("etcd-cafile", Text, "", "PEM file with the authorities that may sign etcd's certificate"),
+            flag(
+                "etcd-api",
+                Text,
+                "auto",
+                "v3, v2, or auto: v3, and v2 if only v2 holds a network config",
+            ),
+            flag(
+                "etcd-cafile",
+                Text,
+                "",
+                "PEM file with the authorities that may sign etcd's certificate",
+            ),
             flag("etcd-certfile", Text, "", "PEM file with our client certificate"),
             flag("etcd-keyfile", Text, "", "PEM file with its key"),
             flag("etcd-username", Text, "", "user name; used with a password only"),
@@ -92,10 +102,25 @@ pub(super) const GROUPS: &[Group] = &[
     (
         "Which interface and addresses",
         &[
-            flag("iface", List, "", "interface by name or address; repeated, the first that exists is taken"),
-            flag("iface-regex", List, "", "the same by a regular expression on addresses, then on names"),
+            flag(
+                "iface",
+                List,
+                "",
+                "interface by name or address; repeated, the first that exists is taken",
+            ),
+            flag(
+                "iface-regex",
+                List,
+                "",
+                "the same by a regular expression on addresses, then on names",
+            ),
             flag("iface-can-reach", Text, "", "the interface over which this address is reached"),
-            flag("public-ip", Text, "", "IPv4 address that other hosts are told, such as the outside of a NAT"),
+            flag(
+                "public-ip",
+                Text,
+                "",
+                "IPv4 address that other hosts are told, such as the outside of a NAT",
+            ),
             flag("public-ipv6", Text, "", "IPv6 address that other hosts are told"),
         ],
     ),
@@ -103,7 +128,12 @@ pub(super) const GROUPS: &[Group] = &[
         "Files",
         &[
             flag("subnet-file", Text, "/run/flannel/subnet.env", "written once the subnet works"),
-            flag("data-dir", Text, "/var/lib/flannel", "keeps the last good view, for a start without the store"),
+            flag(
+                "data-dir",
+                Text,
+                "/var/lib/flannel",
+                "keeps the last good view, for a start without the store",
+            ),
         ],
     ),
     (
@@ -117,7 +147,12 @@ pub(super) const GROUPS: &[Group] = &[
         "Traffic rules (accepted; this version installs none yet)",
         &[
             flag("ip-masq", Bool, "false", "FLANNEL_IPMASQ in the subnet file"),
-            flag("ip-masq-fully-random-disable", Bool, "false", "no fully random ports in masquerading"),
+            flag(
+                "ip-masq-fully-random-disable",
+                Bool,
+                "false",
+                "no fully random ports in masquerading",
+            ),
             flag("iptables-forward-rules", Bool, "true", "accept rules in the FORWARD chain"),
             flag("iptables-resync", Int, "5", "seconds between checks of the rules"),
             flag("ip-blackhole-route", Bool, "false", "blackhole route for this host's own subnet"),

@@ -22,7 +22,10 @@ impl Options {
     ///
     /// # Errors
     /// One line: which flag, what is wrong with it.
-    pub(super) fn read(args: &[String], variable: &dyn Fn(&str) -> Option<String>) -> Result<Self, String> {
+    pub(super) fn read(
+        args: &[String],
+        variable: &dyn Fn(&str) -> Option<String>,
+    ) -> Result<Self, String> {
         let mut options = Self::default();
         let matches = parser().parse(args).map_err(|fail| explain(&fail))?;
         for flag in flags::all() {
@@ -32,7 +35,9 @@ impl Options {
             if values.len() < bare.len() {
                 let valued: Vec<usize> = values.iter().map(|(at, _)| *at).collect();
                 values.extend(
-                    bare.into_iter().filter(|at| !valued.contains(at)).map(|at| (at, default_when_bare.to_owned())),
+                    bare.into_iter()
+                        .filter(|at| !valued.contains(at))
+                        .map(|at| (at, default_when_bare.to_owned())),
                 );
                 values.sort();
             }
@@ -41,7 +46,9 @@ impl Options {
             }
         }
         if let Some(first) = matches.free.first() {
-            options.notes.push(format!("argument {first:?} and what follows it are not read: they do not begin with a dash"));
+            options.notes.push(format!(
+                "argument {first:?} and what follows it are not read: they do not begin with a dash"
+            ));
         }
         options.read_environment(variable);
         Ok(options)
@@ -56,7 +63,10 @@ impl Options {
             Fate::Ignored => self.notes.push(format!("-{} has no effect", flag.name)),
             Fate::Later => {
                 // switched off is what this version does anyway
-                if values.last().is_some_and(|last| flag.kind != Kind::Bool || bool_of(last) == Some(true)) {
+                if values
+                    .last()
+                    .is_some_and(|last| flag.kind != Kind::Bool || bool_of(last) == Some(true))
+                {
                     return Err(format!("-{} is not supported by this version", flag.name));
                 }
             }
@@ -120,8 +130,13 @@ fn explain(fail: &Fail) -> String {
         Fail::ArgumentMissing(name) => format!("-{name} needs a value"),
         Fail::UnrecognizedOption(name) => {
             let near = flags::all().map(|flag| flag.name).min_by_key(|known| distance(known, name));
-            let hint = near.filter(|known| distance(known, name) <= 3).map(|known| format!(", did you mean -{known}?"));
-            format!("unknown flag -{name}{}", hint.unwrap_or_else(|| "; -help lists what there is".into()))
+            let hint = near
+                .filter(|known| distance(known, name) <= 3)
+                .map(|known| format!(", did you mean -{known}?"));
+            format!(
+                "unknown flag -{name}{}",
+                hint.unwrap_or_else(|| "; -help lists what there is".into())
+            )
         }
         other => other.to_string(),
     }
@@ -191,12 +206,23 @@ mod tests {
 
     fn read(args: &[&str], env: &[(&str, &str)]) -> Result<Options, String> {
         let args: Vec<String> = args.iter().map(ToString::to_string).collect();
-        Options::read(&args, &|name| env.iter().find(|(key, _)| *key == name).map(|(_, value)| value.to_string()))
+        Options::read(&args, &|name| {
+            env.iter().find(|(key, _)| *key == name).map(|(_, value)| value.to_string())
+        })
     }
 
     #[test]
     fn one_dash_or_two_with_or_without_equals() {
-        let typed = ["-v", "10", "-subnet-file", "/x", "-etcd-prefix=/y", "--etcd-cafile=/z", "--public-ip", "1.2.3.4"];
+        let typed = [
+            "-v",
+            "10",
+            "-subnet-file",
+            "/x",
+            "-etcd-prefix=/y",
+            "--etcd-cafile=/z",
+            "--public-ip",
+            "1.2.3.4",
+        ];
         let options = read(&typed, &[]).unwrap();
         assert_eq!(options.int("v"), 10);
         assert_eq!(options.text("subnet-file"), "/x");
@@ -226,17 +252,30 @@ mod tests {
 
     #[test]
     fn repeats() {
-        let options = read(&["-iface", "eth0", "--iface=", "-iface=10.0.0.1", "-v=1", "-v=2"], &[]).unwrap();
+        let options =
+            read(&["-iface", "eth0", "--iface=", "-iface=10.0.0.1", "-v=1", "-v=2"], &[]).unwrap();
         assert_eq!(options.list("iface"), ["eth0", "", "10.0.0.1"]);
         assert_eq!(options.int("v"), 2);
     }
 
     #[test]
     fn integers_are_gos() {
-        for (text, value) in [("10", 10), ("0x1F", 31), ("017", 15), ("0o17", 15), ("0b101", 5), ("1_000", 1000), ("-5", -5), ("+5", 5), ("0", 0)] {
+        for (text, value) in [
+            ("10", 10),
+            ("0x1F", 31),
+            ("017", 15),
+            ("0o17", 15),
+            ("0b101", 5),
+            ("1_000", 1000),
+            ("-5", -5),
+            ("+5", 5),
+            ("0", 0),
+        ] {
             assert_eq!(int_of(text), Some(value), "{text}");
         }
-        for text in ["", "-", "abc", "0x", "09", "1__0", "_1", "1_", "1.0", "--5", "99999999999999999999"] {
+        for text in
+            ["", "-", "abc", "0x", "09", "1__0", "_1", "1_", "1.0", "--5", "99999999999999999999"]
+        {
             assert_eq!(int_of(text), None, "{text}");
         }
     }
@@ -244,7 +283,10 @@ mod tests {
     #[test]
     fn wrong_arguments_are_one_clear_line() {
         for (args, says) in [
-            (&["-etcd-endpoint=x"][..], "unknown flag -etcd-endpoint, did you mean -etcd-endpoints?"),
+            (
+                &["-etcd-endpoint=x"][..],
+                "unknown flag -etcd-endpoint, did you mean -etcd-endpoints?",
+            ),
             (&["--frobnicate"], "unknown flag -frobnicate; -help lists"),
             (&["-ip-masq=maybe"], "-ip-masq: \"maybe\" is neither true nor false"),
             (&["-v=x"], "-v: \"x\" is not an integer"),
@@ -277,7 +319,12 @@ mod tests {
         assert_eq!(options.text("subnet-file"), "/run/flannel/subnet.env");
         assert_eq!(options.int("healthz-port"), 0);
         assert!(!options.bool("version"));
-        assert!(options.notes.iter().any(|note| note.contains("FLANNELD_HEALTHZ_PORT") && note.contains("many")));
+        assert!(
+            options
+                .notes
+                .iter()
+                .any(|note| note.contains("FLANNELD_HEALTHZ_PORT") && note.contains("many"))
+        );
         assert!(options.notes.iter().any(|note| note.contains("FLANNELD_KUBE_SUBNET_MGR")));
     }
 }

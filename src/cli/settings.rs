@@ -104,7 +104,8 @@ impl Settings {
                 public_ip: address(options, "public-ip")?,
                 public_ipv6: address(options, "public-ipv6")?,
             },
-            subnet_file: path(options, "subnet-file").ok_or("-subnet-file is empty: name a file")?,
+            subnet_file: path(options, "subnet-file")
+                .ok_or("-subnet-file is empty: name a file")?,
             data_dir: path(options, "data-dir").ok_or("-data-dir is empty: name a directory")?,
             health: health(options)?,
             ip_masq: options.bool("ip-masq"),
@@ -126,26 +127,45 @@ impl Settings {
 }
 
 fn etcd(options: &Options, warnings: &mut Vec<String>) -> Result<Etcd, String> {
-    let endpoints: Vec<String> =
-        options.text("etcd-endpoints").split(',').map(|url| url.trim().to_owned()).filter(|url| !url.is_empty()).collect();
+    let endpoints: Vec<String> = options
+        .text("etcd-endpoints")
+        .split(',')
+        .map(|url| url.trim().to_owned())
+        .filter(|url| !url.is_empty())
+        .collect();
     if endpoints.is_empty() {
-        return Err("-etcd-endpoints is empty: give at least one URL, such as http://127.0.0.1:2379".into());
+        return Err(
+            "-etcd-endpoints is empty: give at least one URL, such as http://127.0.0.1:2379".into(),
+        );
     }
     let identity = match (path(options, "etcd-certfile"), path(options, "etcd-keyfile")) {
         (Some(cert), Some(key)) => Some((cert, key)),
         (None, None) => None,
-        (Some(_), None) => return Err("-etcd-certfile without -etcd-keyfile: a client certificate needs its key".into()),
-        (None, Some(_)) => return Err("-etcd-keyfile without -etcd-certfile: a key needs its client certificate".into()),
+        (Some(_), None) => {
+            return Err(
+                "-etcd-certfile without -etcd-keyfile: a client certificate needs its key".into()
+            );
+        }
+        (None, Some(_)) => {
+            return Err(
+                "-etcd-keyfile without -etcd-certfile: a key needs its client certificate".into()
+            );
+        }
     };
     let user = match (options.text("etcd-username"), options.text("etcd-password")) {
         ("", "") => None,
-        (user, password) if !user.is_empty() && !password.is_empty() => Some((user.to_owned(), password.to_owned())),
+        (user, password) if !user.is_empty() && !password.is_empty() => {
+            Some((user.to_owned(), password.to_owned()))
+        }
         _ => {
-            warnings.push("-etcd-username and -etcd-password work together only: neither is used".into());
+            warnings.push(
+                "-etcd-username and -etcd-password work together only: neither is used".into(),
+            );
             None
         }
     };
-    let parts: Vec<&str> = options.text("etcd-prefix").split('/').filter(|part| !part.is_empty()).collect();
+    let parts: Vec<&str> =
+        options.text("etcd-prefix").split('/').filter(|part| !part.is_empty()).collect();
     Ok(Etcd {
         endpoints,
         prefix: parts.iter().map(|part| format!("/{part}")).collect(),
@@ -164,7 +184,9 @@ fn etcd(options: &Options, warnings: &mut Vec<String>) -> Result<Etcd, String> {
 fn renew_margin(options: &Options) -> Result<Duration, String> {
     match options.int("subnet-lease-renew-margin") {
         minutes @ 1..1440 => Ok(Duration::from_secs(60 * minutes.unsigned_abs())),
-        other => Err(format!("-subnet-lease-renew-margin is {other}: it must be between 1 and 1439 minutes")),
+        other => Err(format!(
+            "-subnet-lease-renew-margin is {other}: it must be between 1 and 1439 minutes"
+        )),
     }
 }
 
@@ -172,7 +194,8 @@ fn health(options: &Options) -> Result<Option<SocketAddr>, String> {
     match options.int("healthz-port") {
         ..=0 => Ok(None),
         port => {
-            let port = u16::try_from(port).map_err(|_| format!("-healthz-port is {port}: it must be 65535 or less"))?;
+            let port = u16::try_from(port)
+                .map_err(|_| format!("-healthz-port is {port}: it must be 65535 or less"))?;
             let ip = address(options, "healthz-ip")?.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
             Ok(Some(SocketAddr::new(ip, port)))
         }
@@ -203,13 +226,19 @@ impl Family for Ipv6Addr {
 fn address<A: Family>(options: &Options, name: &str) -> Result<Option<A>, String> {
     match options.text(name) {
         "" => Ok(None),
-        text => text.parse().map(Some).map_err(|_| format!("-{name} is {text:?}: it must be {}", A::CALLED)),
+        text => text
+            .parse()
+            .map(Some)
+            .map_err(|_| format!("-{name} is {text:?}: it must be {}", A::CALLED)),
     }
 }
 
 /// Every option in force, secrets left out.
 fn in_force(options: &Options) -> String {
-    let flags = GROUPS.iter().flat_map(|(_, flags)| *flags).filter(|flag| !["version", "help"].contains(&flag.name));
+    let flags = GROUPS
+        .iter()
+        .flat_map(|(_, flags)| *flags)
+        .filter(|flag| !["version", "help"].contains(&flag.name));
     let shown = flags.map(|flag| {
         let value = match flag.kind {
             Kind::List => options.list(flag.name).join(","),
@@ -287,7 +316,10 @@ mod tests {
 
     #[test]
     fn what_has_no_effect_is_said() {
-        let warnings = settings(&["-ip-masq", "-ip-blackhole-route", "-etcd-username=x"]).unwrap().notes.warnings;
+        let warnings = settings(&["-ip-masq", "-ip-blackhole-route", "-etcd-username=x"])
+            .unwrap()
+            .notes
+            .warnings;
         assert_eq!(warnings.len(), 3, "{warnings:?}");
         assert!(settings(&["-iptables-forward-rules=false"]).unwrap().notes.warnings.is_empty());
     }

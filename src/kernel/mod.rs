@@ -6,6 +6,7 @@
 mod compare;
 mod desired;
 mod encode;
+mod inventory;
 mod links;
 mod message;
 mod object;
@@ -14,6 +15,7 @@ mod port;
 mod reconcile;
 mod seen;
 
+pub use inventory::{Interface, InterfaceAddress, Inventory, Reached};
 pub use object::{
     Address, Fdb, IfName, Key, Link, LinkKind, Mac, Neighbour, Object, Owner, Route, Sysctl, Vxlan,
 };

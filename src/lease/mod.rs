@@ -1,5 +1,10 @@
 //! Leases: which host owns which subnet, and what the others need to know to reach it.
 
+pub mod allocate;
+pub mod key;
+pub mod table;
+pub mod value;
+
 use std::fmt;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::time::SystemTime;
