@@ -1,33 +1,23 @@
 //! What one network has on this host: its backend, the peers, the kernel objects and, for the udp backend, the packets.
-//! Built from a network config and an own lease, wherever those came from: the store, or the view saved on disk.
+//! Built from a network config, wherever that came from: the store, or the view saved on disk.
 
-mod tunnel;
-
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
 use std::net::IpAddr;
 use std::time::Instant;
 
 use log::{debug, info, warn};
-use mio::Registry;
+use mio::{Registry, Token};
 
-use self::tunnel::Tunnel;
 use super::throttle::{Throttle, throttled};
-use crate::backend::{Backend, BackendError, Direct, PeerPlan, Underlay};
+use super::tunnel::Tunnel;
+use super::{Fatal, token};
+use crate::backend::{Backend, Direct, PeerPlan, Underlay};
 use crate::config::NetworkConfig;
-use crate::kernel::{KernelEvent, Owner, Reconciler};
+use crate::kernel::{KernelEvent, Owner, Port, Progress, Reconciler, Scope};
 use crate::lease::table::{Change, LeaseTable};
 use crate::lease::{Lease, LeaseEvent, Subnets};
-use crate::sys::netlink::Netlink;
-
-/// How far this host's own objects have come.
-#[derive(Debug, PartialEq, Eq)]
-enum Host {
-    /// Not declared, or on their way.
-    Pending,
-    /// In the kernel.
-    Programmed,
-    /// Refused, with the reason.
-    Failed(String),
-}
+use crate::sys::random;
 
 /// How far the first view of the peers has come.
 #[derive(Debug, PartialEq, Eq)]
@@ -47,24 +37,77 @@ pub(super) struct Dataplane {
     underlay: Underlay,
     backend: Box<dyn Backend>,
     kernel: Reconciler,
-    netlink: Netlink,
+    port: Port,
     tunnel: Option<Tunnel>,
+    own: Option<Subnets>,
     peers: LeaseTable,
-    host: Host,
+    /// Whose underlay addresses are watched, and by which peers.
+    watched: BTreeMap<IpAddr, BTreeSet<Subnets>>,
     filling: Filling,
+    /// The kernel's sockets or its desired state need a turn.
+    kernel_due: bool,
+    tunnel_due: bool,
     log: Throttles,
 }
 
-/// One throttle for each sort of line that peers can cause.
+/// One throttle for each sort of line that others can cause.
 #[derive(Debug, Default)]
 struct Throttles {
     refused: Throttle,
     failed: Throttle,
     healed: Throttle,
     joined: Throttle,
+    swept: Throttle,
 }
 
 impl Dataplane {
+    /// Opens the descriptors.
+    pub(super) fn open(
+        config: NetworkConfig,
+        underlay: Underlay,
+        mut backend: Box<dyn Backend>,
+        registry: &Registry,
+        now: Instant,
+    ) -> Result<Self, Fatal> {
+        let tunnel = Tunnel::open(&mut *backend, &config, &underlay, registry)?;
+        let mut port =
+            Port::open().map_err(|error| Fatal(format!("open netlink sockets: {error}")))?;
+        port.register(registry, token::NETLINK_REPLIES, token::NETLINK_NOTICES)
+            .map_err(|error| Fatal(format!("watch netlink sockets: {error}")))?;
+        let (v4, v6) = (config.v4.map(|v4| v4.network), config.v6.map(|v6| v6.network));
+        let mut seed = [0; 8];
+        random::fill(&mut seed).map_err(|error| Fatal(format!("read random bytes: {error}")))?;
+        let scope = Scope {
+            networks: v4.map(Into::into).into_iter().chain(v6.map(Into::into)).collect(),
+            devices: backend.devices(),
+            vxlan_port: vxlan_port(),
+            port: port.number(),
+            seed: u64::from_ne_bytes(seed),
+        };
+        Ok(Self {
+            kernel: Reconciler::new(scope, now),
+            peers: LeaseTable::new(v4, v6),
+            config,
+            underlay,
+            backend,
+            port,
+            tunnel,
+            own: None,
+            watched: BTreeMap::new(),
+            filling: Filling::Waiting,
+            kernel_due: true,
+            tunnel_due: false,
+            log: Throttles::default(),
+        })
+    }
+
+    /// Lets go of the descriptors; what is in the kernel stays.
+    pub(super) fn close(mut self, registry: &Registry) {
+        if let Err(error) = self.port.deregister(registry) {
+            debug!("forget netlink sockets: {error}");
+        }
+    }
+
     pub(super) fn config(&self) -> &NetworkConfig {
         &self.config
     }
@@ -77,17 +120,18 @@ impl Dataplane {
         &*self.backend
     }
 
-    /// Every lease that is known, refused ones included.
+    /// Every lease that is known but our own, refused ones included.
     pub(super) fn leases(&self) -> impl Iterator<Item = &Lease> {
         self.peers.leases()
     }
 
     /// Declares what this host itself needs for its lease on `own`.
-    pub(super) fn set_own(&mut self, own: Subnets, now: Instant) -> Result<(), BackendError> {
-        let objects = self.backend.host_objects(&own)?;
-        self.host = Host::Pending;
-        self.kernel.declare(Owner::Host, objects, now);
-        let changes = self.peers.set_own(own);
+    pub(super) fn set_own(&mut self, own: Subnets, now: Instant) -> Result<(), Fatal> {
+        let objects = self.backend.host_objects(&own).map_err(|error| Fatal(error.to_string()))?;
+        self.kernel.declare(Owner::Host, objects);
+        self.kernel_due = true;
+        self.own = Some(own);
+        let changes = self.peers.set_own(own, &judge(&*self.backend));
         self.apply(changes, now);
         Ok(())
     }
@@ -96,11 +140,15 @@ impl Dataplane {
     /// in it may be removed from the kernel.
     pub(super) fn handle_snapshot(&mut self, leases: Vec<Lease>, complete: bool, now: Instant) {
         if self.backend.follows_peers() {
-            let changes = self.peers.reset(leases);
-            if self.filling == Filling::Waiting {
-                info!("{} peers known, {} of them refused", self.peers.len(), self.peers.refused().count());
-            }
+            let changes = self.peers.reset(leases, &judge(&*self.backend));
             self.apply(changes, now);
+            if self.filling == Filling::Waiting {
+                info!(
+                    "{} peers known, {} leases refused",
+                    self.peers.len(),
+                    self.peers.refused().count()
+                );
+            }
         }
         if self.filling == Filling::Waiting {
             self.filling = Filling::Since(now);
@@ -108,6 +156,7 @@ impl Dataplane {
         if complete {
             self.kernel.sweep();
         }
+        self.kernel_due = true;
     }
 
     /// One change. Returns whether anything is different now.
@@ -115,7 +164,7 @@ impl Dataplane {
         if !self.backend.follows_peers() {
             return false;
         }
-        let changes = self.peers.apply(event);
+        let changes = self.peers.apply(event, &judge(&*self.backend));
         let changed = !changes.is_empty();
         self.apply(changes, now);
         changed
@@ -125,21 +174,27 @@ impl Dataplane {
         for change in changes {
             match change {
                 Change::Added(lease) => {
-                    self.announce(now, "peer", &lease);
-                    self.plan(&lease, now);
+                    self.announce(now, "joined", &lease);
+                    self.enter(&lease, now);
                 }
                 Change::Updated { old, new } => {
-                    self.announce(now, "peer changed:", &new);
-                    self.forget_paths(&old);
-                    self.plan(&new, now);
+                    self.announce(now, "changed", &new);
+                    self.forget_old_paths(&old, &new);
+                    self.enter(&new, now);
                 }
                 Change::Removed(lease) => {
-                    self.announce(now, "peer gone:", &lease);
-                    self.forget(&lease, now);
+                    self.announce(now, "left", &lease);
+                    self.forget(&lease);
                 }
                 Change::Refused { lease, reason } => {
-                    throttled!(self.log.refused, now, warn, "lease {} refused: {reason}", lease.subnets);
-                    self.forget(&lease, now);
+                    throttled!(
+                        self.log.refused,
+                        now,
+                        warn,
+                        "lease {} is refused: {reason}",
+                        lease.subnets
+                    );
+                    self.forget(&lease);
                 }
             }
         }
@@ -148,65 +203,250 @@ impl Dataplane {
     /// Lines about single peers make sense once the first view is in; before, there is one line about all of them.
     fn announce(&mut self, now: Instant, what: &str, lease: &Lease) {
         if self.filling == Filling::Waiting {
-            debug!("{what} {}", lease.subnets);
+            debug!("peer {} {what}", lease.subnets);
         } else {
-            throttled!(self.log.joined, now, info, "{what} {}", lease.subnets);
+            throttled!(self.log.joined, now, info, "peer {} {what}", lease.subnets);
         }
+    }
+
+    fn enter(&mut self, lease: &Lease, now: Instant) {
+        self.watch_paths(lease);
+        self.plan(lease, now);
     }
 
     /// Declares what one peer needs; what it needed before and does not need now goes away with it.
     fn plan(&mut self, lease: &Lease, now: Instant) {
-        let direct = if self.backend.watches_paths() { self.watch_paths(lease) } else { Direct::default() };
-        let plan = self.backend.peer_plan(lease, direct).unwrap_or_else(|error| {
-            PeerPlan { trouble: Some(error), ..PeerPlan::default() }
-        });
+        let Some(direct) = self.direct(lease) else {
+            // the kernel will say whether the peer's address is on-link
+            self.kernel_due = true;
+            return;
+        };
+        let plan = self
+            .backend
+            .peer_plan(lease, direct)
+            .unwrap_or_else(|error| PeerPlan { trouble: Some(error), ..PeerPlan::default() });
         if let Some(trouble) = plan.trouble {
             throttled!(self.log.refused, now, warn, "peer {}: {trouble}", lease.subnets);
         }
-        self.kernel.declare(Owner::Peer(lease.subnets), plan.objects, now);
+        self.kernel.declare(Owner::Peer(lease.subnets), plan.objects);
+        self.kernel_due = true;
         if let Some(tunnel) = &mut self.tunnel {
             tunnel.set_routes(lease.subnets, &plan.forward);
         }
     }
 
-    fn forget(&mut self, lease: &Lease, now: Instant) {
-        self.forget_paths(lease);
-        self.kernel.withdraw(Owner::Peer(lease.subnets), now);
+    fn forget(&mut self, lease: &Lease) {
+        self.unwatch_paths(lease);
+        self.kernel.withdraw(Owner::Peer(lease.subnets));
+        self.kernel_due = true;
         if let Some(tunnel) = &mut self.tunnel {
             tunnel.set_routes(lease.subnets, &[]);
         }
     }
 
-    fn watch_paths(&mut self, lease: &Lease) -> Direct {
-        let mut ask = |ip: Option<IpAddr>| {
-            ip.is_some_and(|ip| {
-                self.kernel.watch_path(ip);
-                self.kernel.direct(ip).unwrap_or(false)
-            })
-        };
-        Direct { v4: ask(lease.attrs.public_ip.map(IpAddr::V4)), v6: ask(lease.attrs.public_ipv6.map(IpAddr::V6)) }
+    /// Which of a peer's addresses are on-link; `None` while one of them is being found out.
+    fn direct(&self, lease: &Lease) -> Option<Direct> {
+        if !self.backend.watches_paths() {
+            return Some(Direct::default());
+        }
+        let ask = |ip: Option<IpAddr>| ip.map_or(Some(false), |ip| self.kernel.direct(ip));
+        let [v4, v6] = addresses(lease);
+        Some(Direct { v4: ask(v4)?, v6: ask(v6)? })
     }
 
-    fn forget_paths(&mut self, lease: &Lease) {
-        if self.backend.watches_paths() {
-            let attrs = &lease.attrs;
-            let addresses = [attrs.public_ip.map(IpAddr::V4), attrs.public_ipv6.map(IpAddr::V6)];
-            addresses.into_iter().flatten().for_each(|ip| self.kernel.unwatch_path(ip));
+    fn watch_paths(&mut self, lease: &Lease) {
+        if !self.backend.watches_paths() {
+            return;
+        }
+        for ip in addresses(lease).into_iter().flatten() {
+            let peers = self.watched.entry(ip).or_default();
+            if peers.is_empty() {
+                self.kernel.watch_path(ip);
+            }
+            peers.insert(lease.subnets);
+        }
+    }
+
+    fn unwatch_paths(&mut self, lease: &Lease) {
+        self.unwatch(lease.subnets, addresses(lease));
+    }
+
+    fn forget_old_paths(&mut self, old: &Lease, new: &Lease) {
+        let kept = addresses(new);
+        self.unwatch(
+            old.subnets,
+            addresses(old).map(|ip| ip.filter(|ip| !kept.contains(&Some(*ip)))),
+        );
+    }
+
+    fn unwatch(&mut self, peer: Subnets, ips: [Option<IpAddr>; 2]) {
+        for ip in ips.into_iter().flatten() {
+            let Some(peers) = self.watched.get_mut(&ip) else { continue };
+            peers.remove(&peer);
+            if peers.is_empty() {
+                self.watched.remove(&ip);
+                self.kernel.unwatch_path(ip);
+            }
         }
     }
 
     fn handle_kernel_event(&mut self, event: KernelEvent, now: Instant) {
-        let _ = (event, now);
+        match event {
+            KernelEvent::Healed { object, how } => {
+                throttled!(
+                    self.log.healed,
+                    now,
+                    warn,
+                    "{object} was {how} by something else on this host: put back"
+                );
+            }
+            KernelEvent::Failed { object, owner, reason, retry_in } => {
+                let seconds = retry_in.as_secs();
+                throttled!(
+                    self.log.failed,
+                    now,
+                    error,
+                    "cannot set {object} for {owner}: {reason}; next try in {seconds} s"
+                );
+            }
+            KernelEvent::Remade { link, reason } => {
+                warn!(
+                    "device {link} does not fit, {reason}: it is made anew, which interrupts its traffic for a moment"
+                );
+            }
+            KernelEvent::Clash { holder, other, object } => {
+                throttled!(
+                    self.log.refused,
+                    now,
+                    warn,
+                    "{other} asks for {object}, which {holder} has otherwise: not set"
+                );
+            }
+            KernelEvent::Swept(object) => {
+                throttled!(self.log.swept, now, info, "removed stale {object}");
+            }
+            KernelEvent::Leftover(object) => {
+                warn!(
+                    "{object} leads into the network, but no lease needs it and it is not known to be ours: if an earlier \
+                     flanneld left it, remove it with `ip route del` (there may be more of them)"
+                );
+            }
+            KernelEvent::PathChanged(ip) => {
+                let peers = self.watched.get(&ip).cloned().unwrap_or_default();
+                let leases: Vec<Lease> = self
+                    .peers
+                    .believed()
+                    .filter(|lease| peers.contains(&lease.subnets))
+                    .cloned()
+                    .collect();
+                for lease in leases {
+                    self.plan(&lease, now);
+                }
+            }
+        }
+    }
+
+    /// An event of one of our descriptors.
+    pub(super) fn handle_ready(&mut self, token: Token) {
+        match token {
+            token::NETLINK_REPLIES | token::NETLINK_NOTICES => self.kernel_due = true,
+            _ => self.tunnel_due = true,
+        }
+    }
+
+    /// Does what is due, within budgets. Returns whether anything but packets was moved.
+    pub(super) fn turn(&mut self, registry: &Registry, now: Instant) -> Result<bool, Fatal> {
+        let mut stirred = false;
+        if self.kernel.poll_timeout().is_some_and(|at| at <= now) {
+            self.kernel.handle_timeout(now);
+            self.kernel_due = true;
+        }
+        if self.kernel_due {
+            stirred = true;
+            self.kernel_due = self
+                .port
+                .turn(&mut self.kernel, now)
+                .map_err(|error| Fatal(format!("netlink socket: {error}")))?;
+            while let Some(event) = self.kernel.poll_event() {
+                self.handle_kernel_event(event, now);
+            }
+            self.note_progress(now);
+        }
+        if let Some(tunnel) = &mut self.tunnel {
+            let due = self.tunnel_due || tunnel.poll_timeout(now).is_some_and(|at| at <= now);
+            self.tunnel_due = false;
+            if due && tunnel.turn(&mut *self.backend, registry, now) {
+                stirred = true;
+                if let Some(own) = self.own {
+                    self.set_own(own, now)?;
+                }
+            }
+        }
+        Ok(stirred)
+    }
+
+    fn note_progress(&mut self, now: Instant) {
+        let Filling::Since(start) = self.filling else { return };
+        if !self.kernel.is_settled() {
+            return;
+        }
+        self.filling = Filling::Done;
+        let took = now.saturating_duration_since(start).as_millis();
+        match self.kernel.missing() {
+            0 => info!(
+                "all {} peers programmed in {took} ms, {} kernel writes",
+                self.peers.len(),
+                self.kernel.writes()
+            ),
+            missing => warn!(
+                "{} peers programmed in {took} ms, but {missing} of their kernel objects could not be set yet",
+                self.peers.len()
+            ),
+        }
+    }
+
+    /// When [`Dataplane::turn`] wants to be called next, if nothing happens.
+    pub(super) fn poll_timeout(&self, now: Instant) -> Option<Instant> {
+        let tunnel = self.tunnel.as_ref().and_then(|tunnel| tunnel.poll_timeout(now));
+        let kernel = if self.kernel_due { Some(now) } else { self.kernel.poll_timeout() };
+        tunnel.into_iter().chain(kernel).min()
     }
 
     /// Why the data plane is not ready to carry packets, if it is not.
     pub(super) fn unready(&self) -> Option<String> {
-        match (&self.host, &self.filling) {
-            (Host::Failed(reason), _) => Some(reason.clone()),
-            (Host::Pending, _) => Some("this host's device and address are not in place".into()),
-            (Host::Programmed, Filling::Waiting) => Some("waiting for the list of peers".into()),
-            (Host::Programmed, Filling::Since(_)) => Some("peers are being programmed".into()),
-            (Host::Programmed, Filling::Done) => None,
+        match self.kernel.progress(Owner::Host) {
+            None => return Some("this host has no lease yet".into()),
+            Some(Progress::Pending) => {
+                return Some("this host's device and address are not in place".into());
+            }
+            Some(Progress::Failed(reason)) => return Some(reason),
+            Some(Progress::Programmed) => {}
+        }
+        if self.tunnel.as_ref().is_some_and(|tunnel| !tunnel.is_up()) {
+            return Some("the TUN device is gone".into());
+        }
+        match self.filling {
+            Filling::Waiting => Some("waiting for the list of peers".into()),
+            Filling::Since(_) => Some("peers are being programmed".into()),
+            Filling::Done => None,
         }
     }
+}
+
+/// A lease that the backend can make nothing of must not keep others from its addresses.
+fn judge(backend: &dyn Backend) -> impl Fn(&Lease) -> Result<(), String> {
+    move |lease| {
+        backend.peer_plan(lease, Direct::default()).map(drop).map_err(|error| error.to_string())
+    }
+}
+
+fn addresses(lease: &Lease) -> [Option<IpAddr>; 2] {
+    [lease.attrs.public_ip.map(IpAddr::V4), lease.attrs.public_ipv6.map(IpAddr::V6)]
+}
+
+/// The UDP port of VXLAN devices that are made without one.
+fn vxlan_port() -> u16 {
+    const LINUX: u16 = 8472;
+    let text = fs::read_to_string("/sys/module/vxlan/parameters/udp_port");
+    text.ok().and_then(|text| text.trim().parse().ok()).unwrap_or(LINUX)
 }

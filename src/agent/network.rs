@@ -10,38 +10,33 @@
 //!
 //! When the store does not answer at start, the view saved on disk plays its part until it does.
 
-use std::fmt;
 use std::time::{Duration, Instant};
 
 use log::{debug, error, info, warn};
-use mio::Registry;
-use mio::event::Event;
+use mio::{Registry, Token};
 
 use super::dataplane::Dataplane;
-use super::underlay;
+use super::{Fatal, token};
 use crate::backend::{self, Memory, Underlay};
 use crate::cli::Settings;
 use crate::config::NetworkConfig;
 use crate::http::client::Client;
-use crate::lease::{LeaseAttrs, OwnLease, Subnets};
+use crate::kernel::Inventory;
+use crate::lease::{Lease, LeaseAttrs, OwnLease, Subnets};
 use crate::store::{Identity, Now, Store, StoreEvent, StoreRequest};
-use crate::subnet_file::{self, SubnetFile};
+use crate::subnet_file;
+use crate::sys::random;
+use crate::underlay::{self, Families};
 use crate::view::{self, View};
 
 /// How long the store may take for its first word before the saved view is used in its place.
 const PATIENCE: Duration = Duration::from_secs(3);
 /// The view is saved this long after a change, so that a burst of changes is one write.
 const SAVE_DELAY: Duration = Duration::from_secs(5);
-
-/// Something that ends the start: what failed and what to do.
-#[derive(Debug)]
-pub(super) struct Fatal(pub(super) String);
-
-impl fmt::Display for Fatal {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
+/// A subnet file that could not be written is tried again after this.
+const FILE_RETRY: Duration = Duration::from_secs(10);
+/// Store events handled in one turn, at most.
+const BUDGET: usize = 1024;
 
 /// One network.
 #[derive(Debug)]
@@ -53,20 +48,25 @@ pub(super) struct Network {
     saved: Option<View>,
     /// When the saved view takes over, if the store stays silent.
     offline_at: Option<Instant>,
-    /// Config and interface, once the store's config is there and until the backend is made.
-    joining: Option<(NetworkConfig, Underlay)>,
+    /// Config, interface and host, once the store's config is there and until the backend is made.
+    joining: Option<(NetworkConfig, Underlay, Inventory)>,
     dataplane: Option<Dataplane>,
     own: Option<OwnLease>,
     /// Why our lease is not ours any more.
     lost: Option<String>,
     file_written: bool,
+    file_retry_at: Option<Instant>,
     save_at: Option<Instant>,
+    save_failed: bool,
 }
 
 impl Network {
     /// Starts to join. Nothing is sent before the loop runs.
     pub(super) fn new(settings: Settings, store: Box<dyn Store>, client: Client, now: Now) -> Self {
-        let saved = view::load(&settings.data_dir, store.name());
+        let saved = view::load(&settings.data_dir, &store.name()).unwrap_or_else(|reason| {
+            warn!("the saved view is of no use: {reason}");
+            None
+        });
         let offline_at = saved.as_ref().map(|_| now.mono + PATIENCE);
         info!("leases are kept in {}", store.describe());
         Self {
@@ -80,14 +80,21 @@ impl Network {
             own: None,
             lost: None,
             file_written: false,
+            file_retry_at: None,
             save_at: None,
+            save_failed: false,
         }
     }
 
     /// Why this network is not ready, if it is not.
     pub(super) fn unready(&self) -> Option<String> {
         let Some(dataplane) = &self.dataplane else {
-            return Some(if self.joining.is_some() { "waiting for a lease" } else { "waiting for the network config" }.into());
+            let waiting = if self.joining.is_some() {
+                "waiting for a lease"
+            } else {
+                "waiting for the network config"
+            };
+            return Some(waiting.into());
         };
         if let Some(lost) = &self.lost {
             return Some(format!("the lease was lost: {lost}"));
@@ -98,21 +105,106 @@ impl Network {
         if let Some(reason) = dataplane.unready() {
             return Some(reason);
         }
-        (!self.file_written).then(|| format!("{} is not written", self.settings.subnet_file.display()))
+        (!self.file_written)
+            .then(|| format!("{} is not written", self.settings.subnet_file.display()))
     }
 
-    fn handle_store_event(&mut self, event: StoreEvent, registry: &Registry, now: Now) -> Result<(), Fatal> {
+    /// An event of one of our descriptors.
+    pub(super) fn handle_ready(&mut self, token: Token, registry: &Registry, now: Now) {
+        let store = &mut self.store;
+        if self.client.owns(token) {
+            self.client.ready(token, registry, now.mono, &mut |lane, event| {
+                store.handle_http(lane, event, now)
+            });
+        } else if token == token::WAKER {
+            self.client.handle_resolved(registry, now.mono);
+        } else if let Some(dataplane) = &mut self.dataplane {
+            dataplane.handle_ready(token);
+        }
+    }
+
+    /// Does what is due, within budgets. Returns whether anything but packets was moved.
+    pub(super) fn turn(&mut self, registry: &Registry, now: Now) -> Result<bool, Fatal> {
+        let mut stirred = false;
+        if self.client.poll_timeout().is_some_and(|at| at <= now.mono) {
+            let store = &mut self.store;
+            self.client.handle_timeout(registry, now.mono, &mut |lane, event| {
+                store.handle_http(lane, event, now)
+            });
+        }
+        for _ in 0..BUDGET {
+            while let Some(request) = self.store.poll_request(now) {
+                stirred = true;
+                match request {
+                    StoreRequest::Start(lane, request) => {
+                        self.client.start(lane, request, registry, now.mono)
+                    }
+                    StoreRequest::Cancel(lane) => self.client.cancel(lane, registry),
+                }
+            }
+            let Some(event) = self.store.poll_event() else { break };
+            stirred = true;
+            self.handle_store_event(event, registry, now)?;
+        }
+        if self.offline_at.is_some_and(|at| at <= now.mono) {
+            self.offline_at = None;
+            self.join_offline(registry, now)?;
+        }
+        if self.file_retry_at.is_some_and(|at| at <= now.mono) {
+            self.write_file(now);
+        }
+        if self.save_at.is_some_and(|at| at <= now.mono) {
+            self.save();
+        }
+        if let Some(dataplane) = &mut self.dataplane {
+            stirred |= dataplane.turn(registry, now.mono)?;
+        }
+        Ok(stirred)
+    }
+
+    /// When [`Network::turn`] wants to be called next, if nothing happens.
+    pub(super) fn poll_timeout(&self, now: Instant) -> Option<Instant> {
+        [
+            self.client.poll_timeout(),
+            self.store.poll_timeout(),
+            self.offline_at,
+            self.file_retry_at,
+            self.save_at,
+            self.dataplane.as_ref().and_then(|dataplane| dataplane.poll_timeout(now)),
+        ]
+        .into_iter()
+        .flatten()
+        .min()
+    }
+
+    /// The process ends: everything stays as it is, for the next life.
+    pub(super) fn stop(&mut self) {
+        if self.save_at.is_some() {
+            self.save();
+        }
+    }
+
+    fn handle_store_event(
+        &mut self,
+        event: StoreEvent,
+        registry: &Registry,
+        now: Now,
+    ) -> Result<(), Fatal> {
         match event {
-            StoreEvent::Config(config) => self.handle_config(*config, now),
-            StoreEvent::Found(mine) => self.handle_found(mine.map(|lease| lease.attrs), registry, now),
+            StoreEvent::Config(config) => self.handle_config(*config, registry, now),
+            StoreEvent::Found(mine) => {
+                self.handle_found(mine.map(|lease| lease.attrs), registry, now)
+            }
             StoreEvent::Acquired(own) => self.handle_acquired(*own, now),
             StoreEvent::Renewed(own) => {
-                debug!("lease {} renewed", own.lease.subnets);
+                info!("lease {} renewed{}", own.lease.subnets, until(&own, now));
                 self.own = Some(*own);
                 Ok(())
             }
             StoreEvent::Lost(reason) => {
-                error!("our lease is lost: {reason}; the data plane stays as it is while another is taken");
+                error!(
+                    "our lease is lost: {reason}; the data plane stays as it is while another is taken"
+                );
                 self.lost = Some(reason);
                 Ok(())
             }
@@ -145,7 +237,199 @@ impl Network {
         }
     }
 
+    fn handle_config(
+        &mut self,
+        config: NetworkConfig,
+        registry: &Registry,
+        now: Now,
+    ) -> Result<(), Fatal> {
+        self.offline_at = None;
+        info!(
+            "network config: {}",
+            config.document.split_whitespace().collect::<Vec<_>>().join(" ")
+        );
+        // the saved view may have brought up another network than the one that is wanted now
+        if let Some(dataplane) = self.dataplane.take_if(|dataplane| *dataplane.config() != config) {
+            warn!("the network config has changed since the view was saved: starting over");
+            dataplane.close(registry);
+            self.own = None;
+            self.file_written = false;
+        }
+        let underlay = match &self.dataplane {
+            Some(dataplane) => dataplane.underlay().clone(),
+            None => {
+                let (underlay, inventory) = self.choose_underlay(&config)?;
+                self.joining = Some((config, underlay.clone(), inventory));
+                underlay
+            }
+        };
+        let (mut previous, warnings) = subnet_file::previous(&self.settings.subnet_file);
+        warnings.iter().for_each(|warning| warn!("{warning}"));
+        if previous == Subnets::default() {
+            previous = self.saved.as_ref().map(|view| view.own.subnets).unwrap_or_default();
+        }
+        let identity =
+            Identity { public_ip: underlay.public_v4, public_ipv6: underlay.public_v6, previous };
+        self.store.identify(identity, now);
+        Ok(())
+    }
+
+    fn choose_underlay(&self, config: &NetworkConfig) -> Result<(Underlay, Inventory), Fatal> {
+        let wanted = &self.settings.interface;
+        let inventory = Inventory::read(wanted.can_reach)
+            .map_err(|error| Fatal(format!("list the network interfaces: {error}")))?;
+        let families = Families { v4: config.v4.is_some(), v6: config.v6.is_some() };
+        let choice = underlay::choose(wanted, families, &inventory).map_err(Fatal)?;
+        choice.why.iter().for_each(|line| info!("{line}"));
+        Ok((choice.underlay, inventory))
+    }
+
+    fn handle_found(
+        &mut self,
+        published: Option<LeaseAttrs>,
+        registry: &Registry,
+        now: Now,
+    ) -> Result<(), Fatal> {
+        if let Some((config, underlay, inventory)) = self.joining.take() {
+            let saved = self.saved.as_ref().map(|view| view.own.attrs.clone());
+            let dataplane = open(config, underlay, &inventory, published.or(saved), registry, now)?;
+            self.dataplane = Some(dataplane);
+        }
+        if let Some(dataplane) = &self.dataplane {
+            self.store.acquire(dataplane.backend().attrs(), now);
+        }
+        Ok(())
+    }
+
+    fn handle_acquired(&mut self, own: OwnLease, now: Now) -> Result<(), Fatal> {
+        let subnets = own.lease.subnets;
+        info!("lease {subnets} is ours{}", until(&own, now));
+        let before = self.own.replace(own).map(|own| own.lease.subnets);
+        if let Some(before) = before.filter(|before| *before != subnets) {
+            warn!(
+                "this host's subnet was {before} and is {subnets} now: containers with old addresses must be restarted"
+            );
+        }
+        self.lost = None;
+        self.changed(now);
+        self.come_up(subnets, now)
+    }
+
+    fn come_up(&mut self, subnets: Subnets, now: Now) -> Result<(), Fatal> {
+        let Some(dataplane) = &mut self.dataplane else { return Ok(()) };
+        dataplane.set_own(subnets, now.mono)?;
+        info!("backend {}, MTU {}", dataplane.backend().name(), dataplane.backend().mtu());
+        self.write_file(now);
+        Ok(())
+    }
+
+    fn write_file(&mut self, now: Now) {
+        let (Some(dataplane), Some(own)) = (&self.dataplane, &self.own) else { return };
+        let mtu = dataplane.backend().mtu();
+        let content =
+            subnet_file::render(dataplane.config(), &own.lease.subnets, mtu, self.settings.ip_masq);
+        let path = &self.settings.subnet_file;
+        match subnet_file::write(path, &content) {
+            Ok(()) => {
+                self.file_retry_at = None;
+                if !std::mem::replace(&mut self.file_written, true) {
+                    info!("{} is written", path.display());
+                }
+            }
+            Err(error) => {
+                if self.file_retry_at.is_none() {
+                    warn!("{error}; trying again every {} s", FILE_RETRY.as_secs());
+                }
+                self.file_written = false;
+                self.file_retry_at = Some(now.mono + FILE_RETRY);
+            }
+        }
+    }
+
+    /// The store is silent: the overlay comes up as it was.
+    fn join_offline(&mut self, registry: &Registry, now: Now) -> Result<(), Fatal> {
+        if self.dataplane.is_some() || self.joining.is_some() {
+            return Ok(());
+        }
+        let Some(View { config, own, peers }) = self.saved.clone() else { return Ok(()) };
+        warn!(
+            "{} does not answer: coming up with the view of an earlier life, lease {} and {} peers",
+            self.store.describe(),
+            own.subnets,
+            peers.len()
+        );
+        let (underlay, inventory) = self.choose_underlay(&config)?;
+        if (underlay.public_v4, underlay.public_v6) != (own.attrs.public_ip, own.attrs.public_ipv6)
+        {
+            warn!(
+                "this host's public address has changed since then: peers cannot reach it before the store is back"
+            );
+        }
+        let mut dataplane =
+            open(config, underlay, &inventory, Some(own.attrs.clone()), registry, now)?;
+        let subnets = own.subnets;
+        dataplane.set_own(subnets, now.mono)?;
+        dataplane.handle_snapshot(peers, false, now.mono);
+        self.dataplane = Some(dataplane);
+        self.own = Some(OwnLease { lease: own, expiry: None });
+        self.write_file(now);
+        Ok(())
+    }
+
     fn changed(&mut self, now: Now) {
         self.save_at.get_or_insert(now.mono + SAVE_DELAY);
+    }
+
+    fn save(&mut self) {
+        self.save_at = None;
+        let (Some(dataplane), Some(own)) = (&self.dataplane, &self.own) else { return };
+        let peers: Vec<&Lease> = dataplane.leases().collect();
+        let saved = view::save(
+            &self.settings.data_dir,
+            &self.store.name(),
+            dataplane.config(),
+            &own.lease,
+            peers.iter().copied(),
+        );
+        match saved {
+            Ok(()) => self.save_failed = false,
+            Err(error) => {
+                if !std::mem::replace(&mut self.save_failed, true) {
+                    warn!(
+                        "{error}: without a saved view this host cannot come up while the store is away (see -data-dir)"
+                    );
+                }
+            }
+        }
+    }
+}
+
+/// Makes the backend and what it stands on.
+fn open(
+    config: NetworkConfig,
+    underlay: Underlay,
+    inventory: &Inventory,
+    published: Option<LeaseAttrs>,
+    registry: &Registry,
+    now: Now,
+) -> Result<Dataplane, Fatal> {
+    let mut memory = Memory { published, ..Memory::default() };
+    random::fill(&mut memory.random)
+        .map_err(|error| Fatal(format!("read random bytes: {error}")))?;
+    memory.live_macs = inventory
+        .interfaces
+        .iter()
+        .filter_map(|interface| Some((interface.name, interface.mac?)))
+        .collect();
+    let backend =
+        backend::create(&config, &underlay, &memory).map_err(|error| Fatal(error.to_string()))?;
+    debug!("{backend:?}");
+    Dataplane::open(config, underlay, backend, registry, now.mono)
+}
+
+fn until(own: &OwnLease, now: Now) -> String {
+    match own.expiry.map(|expiry| expiry.duration_since(now.wall).unwrap_or_default().as_secs()) {
+        None => ", for ever".into(),
+        Some(seconds) => format!(" for {} h {} min", seconds / 3600, seconds % 3600 / 60),
     }
 }

@@ -43,6 +43,10 @@ impl Paths {
         self.known.is_empty()
     }
 
+    pub(super) fn is_asking(&self) -> bool {
+        !self.asking.is_empty()
+    }
+
     /// Routes may have changed.
     pub(super) fn ask_all(&mut self) {
         self.asking.extend(self.known.keys());

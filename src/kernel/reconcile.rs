@@ -264,7 +264,8 @@ impl Reconciler {
             && self.doomed.is_empty()
             && !self.audit_now
             && self.audit.is_none()
-            && !matches!(self.job, Some((Job::Batch { .. }, _)))
+            && !matches!(self.job, Some((Job::Batch { .. } | Job::Lookups { .. }, _)))
+            && !self.paths.is_asking()
     }
 
     /// Objects that are not in the kernel though they are wanted.

@@ -1,5 +1,6 @@
 //! Leases: which host owns which subnet, and what the others need to know to reach it.
 
+pub mod acquire;
 pub mod allocate;
 pub mod key;
 pub mod table;

@@ -1,6 +1,8 @@
 //! Where leases live. A store is a plain value: it decides which HTTP exchanges it wants, is told how they went, and
 //! yields [`StoreEvent`]s. It owns no socket and no clock.
 
+pub mod etcd;
+
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -72,6 +74,8 @@ pub enum StoreEvent {
 
 /// The verbs that the agent uses on any store.
 pub trait Store: std::fmt::Debug {
+    /// What tells this store's leases from those of another one, for the view saved on disk.
+    fn name(&self) -> String;
     /// For the log: what and where this store is, without secrets.
     fn describe(&self) -> String;
     /// Tells the store who we are; it lists the leases and answers [`StoreEvent::Found`].
@@ -84,10 +88,8 @@ pub trait Store: std::fmt::Debug {
     fn poll_event(&mut self) -> Option<StoreEvent>;
     /// How the exchange on `lane` is going. After [`HttpEvent::Done`] or [`HttpEvent::Failed`] the lane is free.
     fn handle_http(&mut self, lane: Lane, event: HttpEvent<'_>, now: Now);
-    /// When [`Store::handle_timeout`] wants to be called next.
+    /// When [`Store::poll_request`] wants to be called next, if nothing happens.
     fn poll_timeout(&self) -> Option<Instant>;
-    /// A deadline has passed.
-    fn handle_timeout(&mut self, now: Now);
     /// Is the view that this store gave last still followed live (the watch is open and healthy)?
     fn in_sync(&self) -> bool;
     /// How long the current trouble has lasted, if there is one.

@@ -1,0 +1,857 @@
+//! etcd as a store: what is decided here holds for both of its languages (`v3`, `v2`).
+//!
+//! ```text
+//!   Config -> identify -> List -> acquire -> claim -> confirm -> Acquired, Snapshot, Event ...
+//!                          ^                   |                      |
+//!                          +--- somebody was --+---- compacted -------+---- our key is gone
+//!                               faster
+//! ```
+//!
+//! * **One owner.** A key is created only if no key with its IPv4 subnet exists, rewritten and deleted only if unchanged
+//!   since it was read. A new lease counts once the watch has shown everything up to its creation and nobody older
+//!   overlaps it: that covers subnets of other lengths, and IPv6 halves, for which the store has no comparison.
+//! * **Two lanes.** Short operations take turns on one, the watch has the other. Each retries by itself.
+//! * **Nothing is forgotten while the store is away**, and nobody hears of it twice.
+
+mod dialect;
+mod trouble;
+mod v2;
+mod v3;
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, VecDeque};
+use std::time::{Duration, Instant};
+
+use log::{debug, info, warn};
+
+use self::dialect::{Answer, Call, Dialect, Notice, Op, Refusal, Row, Step};
+use self::trouble::Trouble;
+use self::v2::V2;
+use self::v3::V3;
+use super::{Identity, Lane, Now, Store, StoreEvent, StoreRequest};
+use crate::backoff::Backoff;
+use crate::cli::settings::{self, EtcdApi};
+use crate::config::NetworkConfig;
+use crate::http::{HttpEvent, Request};
+use crate::lease::acquire::{Plan, overlap, plan};
+use crate::lease::{Lease, LeaseAttrs, LeaseEvent, OwnLease, Subnets, key, value};
+
+/// A short operation's time limit, for each of its exchanges.
+const DEADLINE: Duration = Duration::from_secs(5);
+/// A page of a list may take longer, if bytes keep coming.
+const LIST_DEADLINE: Duration = Duration::from_secs(60);
+/// A watch says something every ten minutes even if nothing happens (`progress_notify`).
+const WATCH_SILENCE: Duration = Duration::from_secs(20 * 60);
+/// Waits between tries.
+const RETRY_FIRST: Duration = Duration::from_millis(100);
+const RETRY_CAP: Duration = Duration::from_secs(5);
+/// Between looks for a network config that is not there, or not valid.
+const CONFIG_RETRY: Duration = Duration::from_secs(1);
+/// So many bad keys are remembered, so that each is spoken of once.
+const BAD_KEYS: usize = 1000;
+/// So many of them are spoken of at all.
+const BAD_KEYS_SAID: usize = 10;
+
+/// What the operation under way is for.
+#[derive(Clone, PartialEq, Eq, Debug)]
+enum Task {
+    Config,
+    List,
+    /// Delete a lease of ours that the config would not give now.
+    Discard,
+    Create(Subnets),
+    Reuse(Subnets, Row),
+    /// Extend our lease, or publish other attributes.
+    Renew,
+    /// See what has become of our key.
+    Check,
+    /// Give up a lease that an older one overlaps.
+    Yield,
+}
+
+/// The last list, until it has been passed on.
+#[derive(Debug, Default)]
+struct Listing {
+    leases: Vec<Lease>,
+    /// Subnets that any key claims, bad ones included.
+    taken: Vec<Subnets>,
+    /// Leases with our public address.
+    mine: Vec<(Subnets, Row)>,
+    /// Our own key's row, once we have a lease.
+    own: Option<Row>,
+}
+
+/// Our lease.
+#[derive(Debug)]
+struct Own {
+    lease: OwnLease,
+    key: String,
+    revision: u64,
+    reserved: bool,
+    renew_at: Option<Instant>,
+    /// The store has this value.
+    value: String,
+    /// An older lease may still turn up.
+    unconfirmed: bool,
+}
+
+/// One lane's turn.
+#[derive(Debug)]
+struct Turn {
+    busy: bool,
+    not_before: Option<Instant>,
+    backoff: Backoff,
+}
+
+impl Turn {
+    fn new(seed: u64) -> Self {
+        Self { busy: false, not_before: None, backoff: Backoff::new(RETRY_FIRST, RETRY_CAP, seed) }
+    }
+
+    fn may_start(&self, now: Instant) -> bool {
+        !self.busy && self.not_before.is_none_or(|at| at <= now)
+    }
+}
+
+/// The store.
+#[derive(Debug)]
+pub struct Etcd {
+    prefix: String,
+    endpoints: Vec<String>,
+    dialect: Box<dyn Dialect>,
+    /// The other language, as long as either may hold the config.
+    alternative: Option<Box<dyn Dialect>>,
+    renew_margin: Duration,
+    random: u64,
+
+    config: Option<NetworkConfig>,
+    /// Why the last config was not one.
+    bad_config: Option<String>,
+    identity: Option<Identity>,
+    attrs: Option<LeaseAttrs>,
+    /// Complete; not passed on yet.
+    listing: Option<Listing>,
+    /// Being read.
+    reading: Listing,
+    found_said: bool,
+    own: Option<Own>,
+    /// Our key was seen with this revision, and that was not our doing.
+    check_own: Option<u64>,
+    relist: bool,
+    yielding: bool,
+    /// Events that must wait for the snapshot before them.
+    held: Vec<LeaseEvent>,
+
+    task: Option<Task>,
+    unary: Turn,
+    call: Option<Call>,
+    cursor: Option<u64>,
+    watch: Turn,
+    watch_open: bool,
+    watch_again: Option<Call>,
+    cancel_watch: bool,
+    endpoint: usize,
+    /// Failures since the last success; a full round of the endpoints is one.
+    failures: usize,
+    trouble: Trouble,
+    bad_keys: BTreeMap<String, String>,
+    events: VecDeque<StoreEvent>,
+}
+
+impl Etcd {
+    /// A store on these servers. `random` seeds jitter and the choice of a subnet.
+    pub fn new(settings: &settings::Etcd, renew_margin: Duration, random: u64) -> Self {
+        let v3 =
+            || -> Box<dyn Dialect> { Box::new(V3::new(&settings.prefix, settings.user.clone())) };
+        let v2 =
+            || -> Box<dyn Dialect> { Box::new(V2::new(&settings.prefix, settings.user.as_ref())) };
+        let (dialect, alternative) = match settings.api {
+            EtcdApi::Auto => (v3(), Some(v2())),
+            EtcdApi::V3 => (v3(), None),
+            EtcdApi::V2 => (v2(), None),
+        };
+        Self {
+            prefix: settings.prefix.clone(),
+            endpoints: settings.endpoints.clone(),
+            dialect,
+            alternative,
+            renew_margin,
+            random: random | 1,
+            config: None,
+            bad_config: None,
+            identity: None,
+            attrs: None,
+            listing: None,
+            reading: Listing::default(),
+            found_said: false,
+            own: None,
+            check_own: None,
+            relist: false,
+            yielding: false,
+            held: Vec::new(),
+            task: None,
+            unary: Turn::new(random),
+            call: None,
+            cursor: None,
+            watch: Turn::new(random ^ 0x5555),
+            watch_open: false,
+            watch_again: None,
+            cancel_watch: false,
+            endpoint: 0,
+            failures: 0,
+            trouble: Trouble::default(),
+            bad_keys: BTreeMap::new(),
+            events: VecDeque::new(),
+        }
+    }
+
+    fn random(&mut self) -> u64 {
+        self.random ^= self.random << 13;
+        self.random ^= self.random >> 7;
+        self.random ^= self.random << 17;
+        self.random
+    }
+
+    /// What is to be done next, and how to say it to the store.
+    fn next_task(&mut self, now: Now) -> Option<(Task, Op)> {
+        if self.config.is_none() {
+            return Some((Task::Config, Op::Config));
+        }
+        self.identity?;
+        if self.yielding {
+            let own = self.own.as_ref()?;
+            return Some((
+                Task::Yield,
+                Op::Delete { key: own.key.clone(), revision: own.revision },
+            ));
+        }
+        if self.listing.is_none() && (self.own.is_none() || self.relist) {
+            return Some((Task::List, Op::List));
+        }
+        let attrs = self.attrs.clone()?;
+        let text = value::format(&attrs);
+        let Some(own) = &self.own else { return self.claim(text, now) };
+        if self.check_own.is_some_and(|revision| revision > own.revision) {
+            return Some((Task::Check, Op::Read { key: own.key.clone() }));
+        }
+        let due = own.renew_at.is_some_and(|at| at <= now.mono);
+        let renew = || Op::Update {
+            key: own.key.clone(),
+            value: text.clone(),
+            revision: own.revision,
+            reserved: own.reserved,
+        };
+        (due || own.value != text).then(|| (Task::Renew, renew()))
+    }
+
+    /// Takes a lease, according to the list.
+    fn claim(&mut self, text: String, now: Now) -> Option<(Task, Op)> {
+        let random = [self.random(), self.random()];
+        let (config, listing) = (self.config.as_ref()?, self.listing.as_ref()?);
+        let previous = self.identity.map(|identity| identity.previous).unwrap_or_default();
+        let mine: Vec<Subnets> = listing.mine.iter().map(|(subnets, _)| *subnets).collect();
+        match plan(config, &mine, &previous, &listing.taken, random) {
+            Ok(Plan::Reuse(number)) => {
+                let (subnets, row) = listing.mine.get(number)?.clone();
+                let (key, revision, reserved) = (row.key.clone(), row.revision, row.reserved);
+                Some((
+                    Task::Reuse(subnets, row),
+                    Op::Update { key, value: text, revision, reserved },
+                ))
+            }
+            Ok(Plan::Delete(number)) => {
+                let (subnets, row) = listing.mine.get(number)?;
+                info!(
+                    "our lease {subnets} does not fit the network config any more: taking another one"
+                );
+                Some((Task::Discard, Op::Delete { key: row.key.clone(), revision: row.revision }))
+            }
+            Ok(Plan::Create(subnets)) => Some((
+                Task::Create(subnets),
+                Op::Create { key: key::format(&subnets), value: text },
+            )),
+            Err(reason) => {
+                // somebody may leave
+                self.listing = None;
+                self.fail(&reason, false, now);
+                None
+            }
+        }
+    }
+
+    fn row(&mut self, row: Row) {
+        if let Some(subnets) = key::claim(&row.key) {
+            self.reading.taken.push(subnets);
+        }
+        let own_key = self.own.as_ref().is_some_and(|own| own.key == row.key);
+        if own_key {
+            self.reading.own = Some(row.clone());
+        }
+        match self.lease(&row) {
+            Ok(lease) => {
+                if self.is_mine(&lease.attrs) {
+                    self.reading.mine.push((lease.subnets, row));
+                }
+                self.reading.leases.push(lease);
+            }
+            Err(reason) => self.bad_key(row.key, reason),
+        }
+    }
+
+    fn lease(&self, row: &Row) -> Result<Lease, String> {
+        let subnets = key::parse(&row.key).ok_or("the key is not one of a subnet")?;
+        Ok(Lease { subnets, attrs: value::parse(&row.value)?, created: row.created })
+    }
+
+    fn bad_key(&mut self, key: String, reason: String) {
+        let shown = dialect::shorten(&key);
+        if self.bad_keys.get(&key) == Some(&reason) {
+            return;
+        }
+        if self.bad_keys.len() < BAD_KEYS_SAID {
+            warn!("the lease {}/subnets/{shown} is ignored: {reason}", self.prefix);
+        } else {
+            debug!("the lease {shown} is ignored: {reason}");
+        }
+        if self.bad_keys.len() < BAD_KEYS {
+            self.bad_keys.insert(key, reason);
+        }
+    }
+
+    /// Does this lease carry our address?
+    fn is_mine(&self, attrs: &LeaseAttrs) -> bool {
+        let Some(identity) = &self.identity else { return false };
+        if self.config.as_ref().is_some_and(|config| config.v4.is_some()) {
+            identity.public_ip.is_some() && attrs.public_ip == identity.public_ip
+        } else {
+            identity.public_ipv6.is_some() && attrs.public_ipv6 == identity.public_ipv6
+        }
+    }
+
+    /// An operation has come to its end.
+    fn handle_answer(&mut self, answer: Answer, now: Now) {
+        self.unary.busy = false;
+        let Some(task) = self.task.take() else { return };
+        if task != Task::Config {
+            self.worked();
+        }
+        match (task, answer) {
+            (Task::Config, Answer::Config(document)) => self.handle_config(document, now),
+            (Task::List, Answer::Listed { cursor }) => self.handle_listed(cursor, now),
+            (Task::Create(subnets), Answer::Written { revision, ttl }) => {
+                self.hold(subnets, revision, revision, false, ttl, now);
+            }
+            (Task::Reuse(subnets, row), Answer::Written { revision, ttl }) => {
+                self.hold(subnets, row.created, revision, row.reserved, ttl, now);
+                self.acquired();
+            }
+            (Task::Renew, Answer::Written { revision, ttl }) => {
+                if let Some(own) = &mut self.own {
+                    own.revision = revision;
+                    if let Some(attrs) = &self.attrs {
+                        own.lease.lease.attrs = attrs.clone();
+                        own.value = value::format(attrs);
+                    }
+                }
+                self.extend(ttl, now);
+            }
+            (Task::Renew, Answer::Conflict) => self.check_own = Some(u64::MAX),
+            (Task::Check, Answer::Row(row)) => self.handle_checked(row, now),
+            (Task::Yield, _) => {
+                self.yielding = false;
+                self.lose("an older lease overlaps it".into());
+            }
+            // the list is out of date
+            (Task::Create(_) | Task::Reuse(..) | Task::Discard, _) => self.listing = None,
+            (task, answer) => debug!("{task:?} was answered with {answer:?}"),
+        }
+    }
+
+    fn handle_config(&mut self, document: Option<String>, now: Now) {
+        let place = format!("{}/config", self.prefix);
+        let parsed = match &document {
+            Some(document) => NetworkConfig::parse(document)
+                .map_err(|error| format!("the network config in {place} is not valid: {error}")),
+            None => Err(format!(
+                "there is no network config: put one into {place}, such as {{\"Network\":\"10.5.0.0/16\",\"Backend\":{{\"Type\":\"vxlan\"}}}}"
+            )),
+        };
+        match parsed {
+            Ok(config) => {
+                self.alternative = None;
+                self.bad_config = None;
+                self.worked();
+                self.config = Some(config.clone());
+                self.events.push_back(StoreEvent::Config(Box::new(config)));
+            }
+            Err(reason) => {
+                self.failures = 0;
+                self.unary.backoff.succeeded();
+                self.unary.not_before = Some(now.mono + CONFIG_RETRY);
+                if document.is_none() && self.try_alternative() {
+                    return;
+                }
+                if self.bad_config.as_ref() != Some(&reason) {
+                    self.bad_config = Some(reason.clone());
+                    if let Some(text) = self.trouble.say(&reason, now.mono) {
+                        self.events.push_back(StoreEvent::Trouble(text));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Looks into the other key space at once; back from there, waits.
+    fn try_alternative(&mut self) -> bool {
+        let Some(other) = &mut self.alternative else { return false };
+        std::mem::swap(other, &mut self.dialect);
+        let tried_both = self.dialect.name() == "v3";
+        if !tried_both {
+            self.unary.not_before = None;
+        }
+        !tried_both
+    }
+
+    fn handle_listed(&mut self, cursor: u64, now: Now) {
+        self.cursor = Some(cursor);
+        let listing = std::mem::take(&mut self.reading);
+        self.relist = false;
+        let Some(own) = &mut self.own else {
+            let mine = listing.mine.first().and_then(|(subnets, _)| {
+                listing.leases.iter().find(|lease| lease.subnets == *subnets)
+            });
+            let found = mine.map(|lease| Box::new(lease.clone()));
+            self.listing = Some(listing);
+            if !std::mem::replace(&mut self.found_said, true) {
+                self.events.push_back(StoreEvent::Found(found));
+            }
+            return;
+        };
+        self.held.clear();
+        let (subnets, created) = (own.lease.lease.subnets, own.lease.lease.created);
+        if own.unconfirmed {
+            let older = listing.leases.iter().any(|lease| {
+                lease.subnets != subnets
+                    && lease.created < created
+                    && overlap(&lease.subnets, &subnets)
+            });
+            if older {
+                self.yielding = true;
+                return;
+            }
+            own.unconfirmed = false;
+            self.listing = Some(listing);
+            self.acquired();
+            return;
+        }
+        let row = listing.own.clone();
+        self.events.push_back(StoreEvent::Snapshot(listing.leases));
+        match row {
+            Some(row) if row.revision == own.revision => {}
+            Some(row) => self.check_own = Some(row.revision),
+            None => self.handle_checked(None, now),
+        }
+    }
+
+    /// The lease is in the store.
+    fn hold(
+        &mut self,
+        subnets: Subnets,
+        created: u64,
+        revision: u64,
+        reserved: bool,
+        ttl: Option<Duration>,
+        now: Now,
+    ) {
+        let Some(attrs) = self.attrs.clone() else { return };
+        let value = value::format(&attrs);
+        let lease = OwnLease { lease: Lease { subnets, attrs, created }, expiry: None };
+        let key = key::format(&subnets);
+        let unconfirmed = created == revision;
+        self.own = Some(Own { lease, key, revision, reserved, renew_at: None, value, unconfirmed });
+        self.set_ttl(ttl, now);
+    }
+
+    fn set_ttl(&mut self, ttl: Option<Duration>, now: Now) {
+        let Some(own) = &mut self.own else { return };
+        own.lease.expiry = ttl.map(|ttl| now.wall + ttl);
+        // a lease that somebody made short is renewed in time all the same
+        own.renew_at =
+            ttl.map(|ttl| now.mono + ttl.checked_sub(self.renew_margin).unwrap_or(ttl / 2));
+        own.reserved = ttl.is_none();
+    }
+
+    fn extend(&mut self, ttl: Option<Duration>, now: Now) {
+        self.set_ttl(ttl, now);
+        if let Some(own) = &self.own {
+            self.events.push_back(StoreEvent::Renewed(Box::new(own.lease.clone())));
+        }
+    }
+
+    /// Our lease is certain: passes on all that is known.
+    fn acquired(&mut self) {
+        let Some(own) = &mut self.own else { return };
+        own.unconfirmed = false;
+        self.events.push_back(StoreEvent::Acquired(Box::new(own.lease.clone())));
+        if let Some(listing) = self.listing.take() {
+            self.events.push_back(StoreEvent::Snapshot(listing.leases));
+        }
+        self.events.extend(self.held.drain(..).map(StoreEvent::Event));
+    }
+
+    /// What our key holds now.
+    fn handle_checked(&mut self, row: Option<Row>, now: Now) {
+        self.check_own = None;
+        let Some(row) = row else { return self.lose("it is gone from the store".into()) };
+        let attrs = value::parse(&row.value);
+        let mine = attrs.as_ref().is_ok_and(|attrs| self.is_mine(attrs));
+        let Some(own) = &mut self.own else { return };
+        match attrs {
+            Ok(_) if mine => {
+                (own.revision, own.value) = (row.revision, row.value);
+                let ttl = if row.reserved { None } else { Some(row.ttl.unwrap_or_default()) };
+                self.extend(ttl, now);
+            }
+            Ok(attrs) => {
+                let other = attrs
+                    .public_ip
+                    .map(|ip| ip.to_string())
+                    .or(attrs.public_ipv6.map(|ip| ip.to_string()));
+                self.lose(format!(
+                    "it belongs to {} now",
+                    other.unwrap_or_else(|| "another host".into())
+                ));
+            }
+            // somebody wrote rubbish over our lease: it is still our key, and we write it anew
+            Err(_) => {
+                own.revision = row.revision;
+                own.value = row.value;
+            }
+        }
+    }
+
+    fn lose(&mut self, reason: String) {
+        let Some(own) = self.own.take() else { return };
+        self.listing = None;
+        self.held.clear();
+        if let Some(identity) = &mut self.identity {
+            identity.previous = own.lease.lease.subnets;
+        }
+        self.stop_watch();
+        self.cursor = None;
+        self.check_own = None;
+        if !own.unconfirmed {
+            self.events.push_back(StoreEvent::Lost(reason));
+        }
+    }
+
+    fn stop_watch(&mut self) {
+        self.cancel_watch |= self.watch.busy;
+        self.watch_open = false;
+        self.watch_again = None;
+    }
+
+    fn handle_notice(&mut self, notice: Notice, now: Now) {
+        match notice {
+            Notice::Open => {
+                self.watch_open = true;
+                self.watch.backoff.succeeded();
+                self.worked();
+            }
+            Notice::Put(row) => self.handle_put(row),
+            Notice::Deleted { key, revision } => {
+                if self.own.as_ref().is_some_and(|own| own.key == key) {
+                    self.check_own = self.check_own.max(Some(revision));
+                } else if let Some(subnets) = key::parse(&key) {
+                    self.bad_keys.remove(&key);
+                    self.pass_on(LeaseEvent::Removed(subnets));
+                }
+            }
+            Notice::Cursor(revision) => {
+                self.cursor = self.cursor.map(|cursor| cursor.max(revision));
+                if self.own.as_ref().is_some_and(|own| own.unconfirmed && revision >= own.revision)
+                    && !self.yielding
+                {
+                    self.acquired();
+                }
+            }
+            Notice::Refused(Refusal::Compacted) => {
+                info!(
+                    "the store has forgotten the changes since the last one that we know: listing again"
+                );
+                self.relist = true;
+                self.cursor = None;
+                self.stop_watch();
+            }
+            Notice::Refused(Refusal::Away(reason) | Refusal::No(reason)) => {
+                self.watch_failed(&reason, now)
+            }
+        }
+    }
+
+    fn handle_put(&mut self, row: Row) {
+        if self.own.as_ref().is_some_and(|own| own.key == row.key) {
+            self.check_own = self.check_own.max(Some(row.revision));
+            return;
+        }
+        match self.lease(&row) {
+            Ok(lease) => {
+                self.bad_keys.remove(&row.key);
+                let rival = self.own.as_ref().is_some_and(|own| {
+                    let ours = &own.lease.lease;
+                    own.unconfirmed
+                        && lease.created < ours.created
+                        && overlap(&lease.subnets, &ours.subnets)
+                });
+                self.yielding |= rival;
+                self.pass_on(LeaseEvent::Put(lease));
+            }
+            Err(reason) => {
+                // a list would not show it either
+                if let Some(subnets) = key::parse(&row.key) {
+                    self.pass_on(LeaseEvent::Removed(subnets));
+                }
+                self.bad_key(row.key, reason);
+            }
+        }
+    }
+
+    fn pass_on(&mut self, event: LeaseEvent) {
+        if self.own.as_ref().is_some_and(|own| !own.unconfirmed) && !self.relist {
+            self.events.push_back(StoreEvent::Event(event));
+        } else {
+            self.held.push(event);
+        }
+    }
+
+    fn watch_failed(&mut self, reason: &str, now: Now) {
+        let was_open = std::mem::replace(&mut self.watch_open, false);
+        self.stop_watch();
+        let wait = self.watch.backoff.failed();
+        self.watch.not_before = Some(now.mono + if was_open { RETRY_FIRST } else { wait });
+        if was_open {
+            // servers restart, connections break: only if it does not come back there is something to tell
+            debug!("watch: {reason}");
+            return;
+        }
+        self.next_endpoint();
+        self.tell(reason, now);
+    }
+
+    /// An operation failed; it is tried again.
+    fn fail(&mut self, reason: &str, server_is_away: bool, now: Now) {
+        self.unary.busy = false;
+        self.task = None;
+        self.call = None;
+        let round_over = self.next_endpoint();
+        // the next server is asked at once, the first one again after a while
+        let wait = if server_is_away && !round_over {
+            Duration::ZERO
+        } else {
+            self.unary.backoff.failed()
+        };
+        self.unary.not_before = Some(now.mono + wait);
+        self.tell(reason, now);
+    }
+
+    /// Returns whether every endpoint has had its turn.
+    fn next_endpoint(&mut self) -> bool {
+        self.endpoint = (self.endpoint + 1) % self.endpoints.len().max(1);
+        self.failures += 1;
+        self.failures % self.endpoints.len().max(1) == 0
+    }
+
+    fn tell(&mut self, reason: &str, now: Now) {
+        // one server of several may fail without anybody's noticing
+        if self.failures >= self.endpoints.len() {
+            if let Some(text) = self.trouble.say(reason, now.mono) {
+                self.events.push_back(StoreEvent::Trouble(text));
+            }
+        } else {
+            debug!("{reason}");
+        }
+    }
+
+    fn worked(&mut self) {
+        self.failures = 0;
+        self.unary.backoff.succeeded();
+        if self.trouble.over() {
+            self.events.push_back(StoreEvent::Recovered);
+        }
+    }
+
+    fn handle_unary(&mut self, event: HttpEvent<'_>, now: Now) {
+        match event {
+            HttpEvent::Head { status, headers } => self.dialect.head(status, headers),
+            HttpEvent::Body(bytes) => {
+                let mut rows = Vec::new();
+                self.dialect.body(bytes, &mut |row| rows.push(row));
+                rows.into_iter().for_each(|row| self.row(row));
+            }
+            HttpEvent::Done => match self.dialect.done() {
+                Step::Call(call) => self.call = Some(call),
+                Step::Answer(answer) => self.handle_answer(answer, now),
+                Step::Refused(Refusal::Away(reason)) => self.fail(&reason, true, now),
+                Step::Refused(Refusal::No(reason)) => {
+                    let config_elsewhere =
+                        self.task == Some(Task::Config) && self.alternative.is_some();
+                    if config_elsewhere && self.dialect.name() == "v2" {
+                        // the absence of v2 is no trouble; that of a config is
+                        debug!("{reason}");
+                        self.unary.busy = false;
+                        self.task = None;
+                        self.try_alternative();
+                        self.unary.not_before = Some(now.mono + CONFIG_RETRY);
+                        self.dialect_has_no_config(now);
+                        return;
+                    }
+                    self.fail(&reason, false, now);
+                    if config_elsewhere && self.try_alternative() {
+                        self.unary.not_before = None;
+                    }
+                }
+                Step::Refused(Refusal::Compacted) => {
+                    self.fail("the list was compacted while it was read", true, now)
+                }
+            },
+            HttpEvent::Failed(reason) => self.fail(reason, true, now),
+        }
+    }
+
+    fn dialect_has_no_config(&mut self, now: Now) {
+        let alternative = self.alternative.take();
+        self.handle_config(None, now);
+        self.alternative = alternative;
+    }
+
+    fn handle_watch(&mut self, event: HttpEvent<'_>, now: Now) {
+        let mut notices = Vec::new();
+        let mut say = |notice| notices.push(notice);
+        match event {
+            HttpEvent::Head { status, headers } => {
+                self.dialect.watch_head(status, headers, &mut say)
+            }
+            HttpEvent::Body(bytes) => self.dialect.watch_body(bytes, &mut say),
+            HttpEvent::Done => {
+                self.watch.busy = false;
+                let again = self.dialect.watch_done(&mut say);
+                notices.into_iter().for_each(|notice| self.handle_notice(notice, now));
+                if again {
+                    self.watch_again = self.cursor.map(|cursor| self.dialect.watch(cursor));
+                }
+                return;
+            }
+            HttpEvent::Failed(reason) => {
+                self.watch.busy = false;
+                return self.watch_failed(reason, now);
+            }
+        }
+        for notice in notices {
+            self.handle_notice(notice, now);
+        }
+    }
+
+    fn request(
+        &self,
+        call: Call,
+        deadline: Option<Duration>,
+        silence: Option<Duration>,
+    ) -> Request {
+        let Call { method, path, headers, body } = call;
+        Request { endpoint: self.endpoint, method, path, headers, body, deadline, silence }
+    }
+}
+
+impl Store for Etcd {
+    fn name(&self) -> String {
+        format!("etcd {}", self.prefix)
+    }
+
+    fn describe(&self) -> String {
+        let api = match &self.alternative {
+            Some(_) => "",
+            None => self.dialect.name(),
+        };
+        let space = if api.is_empty() { "" } else { " " };
+        format!("etcd{space}{api} at {} below {}", self.endpoints.join(","), self.prefix)
+    }
+
+    fn identify(&mut self, identity: Identity, _now: Now) {
+        self.identity = Some(identity);
+    }
+
+    fn acquire(&mut self, attrs: LeaseAttrs, _now: Now) {
+        self.attrs = Some(attrs);
+    }
+
+    fn poll_request(&mut self, now: Now) -> Option<StoreRequest> {
+        if std::mem::take(&mut self.cancel_watch) {
+            self.watch.busy = false;
+            return Some(StoreRequest::Cancel(Lane::Watch));
+        }
+        for turn in [&mut self.unary, &mut self.watch] {
+            turn.not_before = turn.not_before.filter(|at| *at > now.mono);
+        }
+        // the next exchange of an operation under way
+        if let Some(call) = self.call.take() {
+            let silence = (self.task == Some(Task::List)).then_some(DEADLINE);
+            let deadline = if silence.is_some() { LIST_DEADLINE } else { DEADLINE };
+            return Some(StoreRequest::Start(
+                Lane::Unary,
+                self.request(call, Some(deadline), silence),
+            ));
+        }
+        if self.unary.may_start(now.mono) {
+            if let Some((task, op)) = self.next_task(now) {
+                if task == Task::List {
+                    self.reading = Listing::default();
+                }
+                self.task = Some(task);
+                self.unary.busy = true;
+                self.unary.not_before = None;
+                self.call = Some(self.dialect.begin(op));
+                return self.poll_request(now);
+            }
+        }
+        let may_watch = self.own.is_some() && !self.relist && !self.yielding;
+        if let Some(cursor) = self.cursor.filter(|_| may_watch && self.watch.may_start(now.mono)) {
+            let call = self.watch_again.take().unwrap_or_else(|| self.dialect.watch(cursor));
+            self.watch.busy = true;
+            self.watch.not_before = None;
+            return Some(StoreRequest::Start(
+                Lane::Watch,
+                self.request(call, None, Some(WATCH_SILENCE)),
+            ));
+        }
+        None
+    }
+
+    fn poll_event(&mut self) -> Option<StoreEvent> {
+        self.events.pop_front()
+    }
+
+    fn handle_http(&mut self, lane: Lane, event: HttpEvent<'_>, now: Now) {
+        match lane {
+            Lane::Unary => self.handle_unary(event, now),
+            Lane::Watch => self.handle_watch(event, now),
+        }
+    }
+
+    fn poll_timeout(&self) -> Option<Instant> {
+        let renewal = self.own.as_ref().and_then(|own| own.renew_at);
+        let of = |turn: &Turn, other: Option<Instant>| {
+            if turn.busy { None } else { turn.not_before.or(other) }
+        };
+        [of(&self.unary, renewal), of(&self.watch, None)].into_iter().flatten().min()
+    }
+
+    fn in_sync(&self) -> bool {
+        self.watch_open && self.own.is_some() && !self.relist
+    }
+
+    fn trouble_for(&self, now: Now) -> Option<Duration> {
+        self.trouble.since().map(|since| now.mono.saturating_duration_since(since))
+    }
+}
