@@ -412,6 +412,11 @@ impl Dataplane {
         tunnel.into_iter().chain(kernel).min()
     }
 
+    /// Are this host's own device and address in place?
+    pub(super) fn host_is_up(&self) -> bool {
+        self.kernel.progress(Owner::Host) == Some(Progress::Programmed)
+    }
+
     /// Why the data plane is not ready to carry packets, if it is not.
     pub(super) fn unready(&self) -> Option<String> {
         match self.kernel.progress(Owner::Host) {

@@ -154,9 +154,8 @@ impl Readiness {
         if self.unready == unready {
             return;
         }
-        match &unready {
-            Some(reason) => debug!("not ready: {reason}"),
-            None => debug!("ready"),
+        if let Some(reason) = &unready {
+            debug!("not ready: {reason}");
         }
         self.unready = unready;
         if self.unready.is_none() && !std::mem::replace(&mut self.told, true) {

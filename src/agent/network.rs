@@ -54,6 +54,8 @@ pub(super) struct Network {
     own: Option<OwnLease>,
     /// Why our lease is not ours any more.
     lost: Option<String>,
+    /// The subnet file must be written as soon as what it promises is there.
+    file_due: bool,
     file_written: bool,
     file_retry_at: Option<Instant>,
     save_at: Option<Instant>,
@@ -79,6 +81,7 @@ impl Network {
             dataplane: None,
             own: None,
             lost: None,
+            file_due: false,
             file_written: false,
             file_retry_at: None,
             save_at: None,
@@ -158,6 +161,9 @@ impl Network {
         }
         if let Some(dataplane) = &mut self.dataplane {
             stirred |= dataplane.turn(registry, now.mono)?;
+            if self.file_due && dataplane.host_is_up() {
+                self.write_file(now);
+            }
         }
         Ok(stirred)
     }
@@ -319,12 +325,13 @@ impl Network {
         let Some(dataplane) = &mut self.dataplane else { return Ok(()) };
         dataplane.set_own(subnets, now.mono)?;
         info!("backend {}, MTU {}", dataplane.backend().name(), dataplane.backend().mtu());
-        self.write_file(now);
+        self.file_due = true;
         Ok(())
     }
 
     fn write_file(&mut self, now: Now) {
         let (Some(dataplane), Some(own)) = (&self.dataplane, &self.own) else { return };
+        self.file_due = false;
         let mtu = dataplane.backend().mtu();
         let content =
             subnet_file::render(dataplane.config(), &own.lease.subnets, mtu, self.settings.ip_masq);
@@ -372,7 +379,7 @@ impl Network {
         dataplane.handle_snapshot(peers, false, now.mono);
         self.dataplane = Some(dataplane);
         self.own = Some(OwnLease { lease: own, expiry: None });
-        self.write_file(now);
+        self.file_due = true;
         Ok(())
     }
 

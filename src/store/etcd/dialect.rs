@@ -18,6 +18,8 @@ pub(super) enum Op {
     Config,
     /// Read every lease.
     List,
+    /// Read at least the leases that were created after `cursor`.
+    Since { cursor: u64 },
     /// Read one lease, with its time to live.
     Read { key: String },
     /// Create a lease, if nobody has these subnets.

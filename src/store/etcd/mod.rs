@@ -8,7 +8,7 @@
 //! ```
 //!
 //! * **One owner.** A key is created only if no key with its IPv4 subnet exists, rewritten and deleted only if unchanged
-//!   since it was read. A new lease counts once the watch has shown everything up to its creation and nobody older
+//!   since it was read. A new lease counts once everything that was created since the list is known and nobody older
 //!   overlaps it: that covers subnets of other lengths, and IPv6 halves, for which the store has no comparison.
 //! * **Two lanes.** Short operations take turns on one, the watch has the other. Each retries by itself.
 //! * **Nothing is forgotten while the store is away**, and nobody hears of it twice.
@@ -63,6 +63,8 @@ enum Task {
     Discard,
     Create(Subnets),
     Reuse(Subnets, Row),
+    /// See whether an older lease has come up that overlaps ours.
+    Confirm,
     /// Extend our lease, or publish other attributes.
     Renew,
     /// See what has become of our key.
@@ -141,8 +143,6 @@ pub struct Etcd {
     check_own: Option<u64>,
     relist: bool,
     yielding: bool,
-    /// Events that must wait for the snapshot before them.
-    held: Vec<LeaseEvent>,
 
     task: Option<Task>,
     unary: Turn,
@@ -190,7 +190,6 @@ impl Etcd {
             check_own: None,
             relist: false,
             yielding: false,
-            held: Vec::new(),
             task: None,
             unary: Turn::new(random),
             call: None,
@@ -233,6 +232,9 @@ impl Etcd {
         let attrs = self.attrs.clone()?;
         let text = value::format(&attrs);
         let Some(own) = &self.own else { return self.claim(text, now) };
+        if own.unconfirmed {
+            return Some((Task::Confirm, Op::Since { cursor: self.cursor? }));
+        }
         if self.check_own.is_some_and(|revision| revision > own.revision) {
             return Some((Task::Check, Op::Read { key: own.key.clone() }));
         }
@@ -340,6 +342,7 @@ impl Etcd {
         match (task, answer) {
             (Task::Config, Answer::Config(document)) => self.handle_config(document, now),
             (Task::List, Answer::Listed { cursor }) => self.handle_listed(cursor, now),
+            (Task::Confirm, Answer::Listed { .. }) => self.handle_confirmation(),
             (Task::Create(subnets), Answer::Written { revision, ttl }) => {
                 self.hold(subnets, revision, revision, false, ttl, now);
             }
@@ -429,29 +432,28 @@ impl Etcd {
             }
             return;
         };
-        self.held.clear();
-        let (subnets, created) = (own.lease.lease.subnets, own.lease.lease.created);
-        if own.unconfirmed {
-            let older = listing.leases.iter().any(|lease| {
-                lease.subnets != subnets
-                    && lease.created < created
-                    && overlap(&lease.subnets, &subnets)
-            });
-            if older {
-                self.yielding = true;
-                return;
-            }
-            own.unconfirmed = false;
-            self.listing = Some(listing);
-            self.acquired();
-            return;
-        }
         let row = listing.own.clone();
         self.events.push_back(StoreEvent::Snapshot(listing.leases));
         match row {
             Some(row) if row.revision == own.revision => {}
             Some(row) => self.check_own = Some(row.revision),
             None => self.handle_checked(None, now),
+        }
+    }
+
+    /// Everything that was created between our list and our lease is known.
+    fn handle_confirmation(&mut self) {
+        let Some(own) = &self.own else { return };
+        let ours = &own.lease.lease;
+        let older = std::mem::take(&mut self.reading).leases.into_iter().find(|lease| {
+            lease.subnets != ours.subnets && lease.created < ours.created && overlap(&lease.subnets, &ours.subnets)
+        });
+        match older {
+            Some(older) => {
+                info!("{} was taken at the same time, and before our {}", older.subnets, ours.subnets);
+                self.yielding = true;
+            }
+            None => self.acquired(),
         }
     }
 
@@ -498,7 +500,6 @@ impl Etcd {
         if let Some(listing) = self.listing.take() {
             self.events.push_back(StoreEvent::Snapshot(listing.leases));
         }
-        self.events.extend(self.held.drain(..).map(StoreEvent::Event));
     }
 
     /// What our key holds now.
@@ -535,7 +536,6 @@ impl Etcd {
     fn lose(&mut self, reason: String) {
         let Some(own) = self.own.take() else { return };
         self.listing = None;
-        self.held.clear();
         if let Some(identity) = &mut self.identity {
             identity.previous = own.lease.lease.subnets;
         }
@@ -566,16 +566,11 @@ impl Etcd {
                     self.check_own = self.check_own.max(Some(revision));
                 } else if let Some(subnets) = key::parse(&key) {
                     self.bad_keys.remove(&key);
-                    self.pass_on(LeaseEvent::Removed(subnets));
+                    self.events.push_back(StoreEvent::Event(LeaseEvent::Removed(subnets)));
                 }
             }
             Notice::Cursor(revision) => {
                 self.cursor = self.cursor.map(|cursor| cursor.max(revision));
-                if self.own.as_ref().is_some_and(|own| own.unconfirmed && revision >= own.revision)
-                    && !self.yielding
-                {
-                    self.acquired();
-                }
             }
             Notice::Refused(Refusal::Compacted) => {
                 info!(
@@ -599,32 +594,18 @@ impl Etcd {
         match self.lease(&row) {
             Ok(lease) => {
                 self.bad_keys.remove(&row.key);
-                let rival = self.own.as_ref().is_some_and(|own| {
-                    let ours = &own.lease.lease;
-                    own.unconfirmed
-                        && lease.created < ours.created
-                        && overlap(&lease.subnets, &ours.subnets)
-                });
-                self.yielding |= rival;
-                self.pass_on(LeaseEvent::Put(lease));
+                self.events.push_back(StoreEvent::Event(LeaseEvent::Put(lease)));
             }
             Err(reason) => {
                 // a list would not show it either
                 if let Some(subnets) = key::parse(&row.key) {
-                    self.pass_on(LeaseEvent::Removed(subnets));
+                    self.events.push_back(StoreEvent::Event(LeaseEvent::Removed(subnets)));
                 }
                 self.bad_key(row.key, reason);
             }
         }
     }
 
-    fn pass_on(&mut self, event: LeaseEvent) {
-        if self.own.as_ref().is_some_and(|own| !own.unconfirmed) && !self.relist {
-            self.events.push_back(StoreEvent::Event(event));
-        } else {
-            self.held.push(event);
-        }
-    }
 
     fn watch_failed(&mut self, reason: &str, now: Now) {
         let was_open = std::mem::replace(&mut self.watch_open, false);
@@ -796,7 +777,7 @@ impl Store for Etcd {
         }
         // the next exchange of an operation under way
         if let Some(call) = self.call.take() {
-            let silence = (self.task == Some(Task::List)).then_some(DEADLINE);
+            let silence = matches!(self.task, Some(Task::List | Task::Confirm)).then_some(DEADLINE);
             let deadline = if silence.is_some() { LIST_DEADLINE } else { DEADLINE };
             return Some(StoreRequest::Start(
                 Lane::Unary,
@@ -805,7 +786,7 @@ impl Store for Etcd {
         }
         if self.unary.may_start(now.mono) {
             if let Some((task, op)) = self.next_task(now) {
-                if task == Task::List {
+                if matches!(task, Task::List | Task::Confirm) {
                     self.reading = Listing::default();
                 }
                 self.task = Some(task);
@@ -815,7 +796,7 @@ impl Store for Etcd {
                 return self.poll_request(now);
             }
         }
-        let may_watch = self.own.is_some() && !self.relist && !self.yielding;
+        let may_watch = self.own.as_ref().is_some_and(|own| !own.unconfirmed) && !self.relist && !self.yielding;
         if let Some(cursor) = self.cursor.filter(|_| may_watch && self.watch.may_start(now.mono)) {
             let call = self.watch_again.take().unwrap_or_else(|| self.dialect.watch(cursor));
             self.watch.busy = true;

@@ -123,7 +123,7 @@ impl V2 {
         };
         match (reply.error_code, op) {
             (code::NOT_FOUND, Op::Config) => Step::Answer(Answer::Config(None)),
-            (code::NOT_FOUND, Op::List) => {
+            (code::NOT_FOUND, Op::List | Op::Since { .. }) => {
                 Step::Answer(Answer::Listed { cursor: reply.index.max(index) })
             }
             (code::NOT_FOUND, Op::Read { .. }) => Step::Answer(Answer::Row(None)),
@@ -162,7 +162,7 @@ impl Dialect for V2 {
         };
         let call = match &op {
             Op::Config => get("/config", false),
-            Op::List => get("/subnets", true),
+            Op::List | Op::Since { .. } => get("/subnets", true),
             Op::Read { key } => get(&key_of(key), false),
             Op::Create { key, value } => {
                 self.call(Method::Put, &key_of(key), "prevExist=false", form(value, false))
@@ -194,7 +194,7 @@ impl Dialect for V2 {
     fn body(&mut self, bytes: &[u8], rows: &mut dyn FnMut(Row)) {
         let prefix = self.subnets();
         let Some(work) = &mut self.work else { return };
-        if work.op != Op::List || work.status != 200 {
+        if !is_list(&work.op) || work.status != 200 {
             if work.text.len() < LONGEST_ANSWER {
                 work.text.extend_from_slice(bytes);
             }
@@ -223,7 +223,7 @@ impl Dialect for V2 {
         if !matches!(work.status, 200 | 201) {
             return Self::refused(&work.op, work.status, work.index, &work.text);
         }
-        if work.op == Op::List {
+        if is_list(&work.op) {
             let broken =
                 work.broken.or_else(|| work.elements.finish().err().map(|error| error.to_string()));
             return match broken {
@@ -242,7 +242,7 @@ impl Dialect for V2 {
             Op::Config => Answer::Config(Some(node.value)),
             Op::Read { .. } => Answer::Row(node.row(&prefix)),
             Op::Delete { .. } => Answer::Deleted,
-            Op::Create { .. } | Op::Update { .. } | Op::List => {
+            _ => {
                 let revision = node.modified_index;
                 Answer::Written { revision, ttl: node.row(&prefix).and_then(|row| row.ttl) }
             }
@@ -319,6 +319,10 @@ impl Dialect for V2 {
         out(Notice::Cursor(revision));
         true
     }
+}
+
+fn is_list(op: &Op) -> bool {
+    matches!(op, Op::List | Op::Since { .. })
 }
 
 /// Percent-encoding of all but unreserved characters and those in `keep`.

@@ -247,11 +247,13 @@ impl V3 {
                     from.clone_from(last);
                     from.push(0);
                 }
+                let created_after = if let Op::Since { cursor } = work.op { cursor + 1 } else { 0 };
                 json!({
                     "key": BASE64.encode(from),
                     "range_end": BASE64.encode(self.subnets_end()),
                     "limit": PAGE.to_string(),
                     "revision": work.revision.to_string(),
+                    "min_create_revision": created_after.to_string(),
                 })
             }
         }
@@ -289,7 +291,7 @@ impl V3 {
 
     fn first_stage(op: &Op) -> Stage {
         match op {
-            Op::Config | Op::List | Op::Read { .. } => Stage::Range,
+            Op::Config | Op::List | Op::Since { .. } | Op::Read { .. } => Stage::Range,
             Op::Create { .. } | Op::Update { reserved: false, .. } => Stage::Grant,
             Op::Update { .. } | Op::Delete { .. } => Stage::Txn,
         }
@@ -470,7 +472,7 @@ impl Dialect for V3 {
         let pushed = elements.push(bytes, &mut |item| match item {
             Item::Element(element) => match serde_json::from_slice::<Kv>(element) {
                 Ok(kv) => match op {
-                    Op::List => {
+                    Op::List | Op::Since { .. } => {
                         if let Some(row) = kv.row(&prefix) {
                             rows(row);
                         }
