@@ -446,11 +446,16 @@ impl Etcd {
         let Some(own) = &self.own else { return };
         let ours = &own.lease.lease;
         let older = std::mem::take(&mut self.reading).leases.into_iter().find(|lease| {
-            lease.subnets != ours.subnets && lease.created < ours.created && overlap(&lease.subnets, &ours.subnets)
+            lease.subnets != ours.subnets
+                && lease.created < ours.created
+                && overlap(&lease.subnets, &ours.subnets)
         });
         match older {
             Some(older) => {
-                info!("{} was taken at the same time, and before our {}", older.subnets, ours.subnets);
+                info!(
+                    "{} was taken at the same time, and before our {}",
+                    older.subnets, ours.subnets
+                );
                 self.yielding = true;
             }
             None => self.acquired(),
@@ -605,7 +610,6 @@ impl Etcd {
             }
         }
     }
-
 
     fn watch_failed(&mut self, reason: &str, now: Now) {
         let was_open = std::mem::replace(&mut self.watch_open, false);
@@ -796,7 +800,8 @@ impl Store for Etcd {
                 return self.poll_request(now);
             }
         }
-        let may_watch = self.own.as_ref().is_some_and(|own| !own.unconfirmed) && !self.relist && !self.yielding;
+        let may_watch =
+            self.own.as_ref().is_some_and(|own| !own.unconfirmed) && !self.relist && !self.yielding;
         if let Some(cursor) = self.cursor.filter(|_| may_watch && self.watch.may_start(now.mono)) {
             let call = self.watch_again.take().unwrap_or_else(|| self.dialect.watch(cursor));
             self.watch.busy = true;

@@ -1,0 +1,10 @@
+//! The lab: the program with a real etcd, real kernels and real packets. Needs root; see `make test`.
+
+mod hostile;
+mod membership;
+mod overlay;
+mod program;
+mod quiet;
+mod restart;
+mod store;
+mod world;
