@@ -413,9 +413,12 @@ fn paths_are_told_and_followed() {
     life.kernel.watch_path(far);
     life.until("answers", |kernel| kernel.direct(near).is_some() && kernel.direct(far).is_some());
     assert_eq!((life.kernel.direct(near), life.kernel.direct(far)), (Some(true), Some(false)));
+    let near6 = "2001:db8::9".parse().unwrap();
+    life.kernel.watch_path(near6);
+    life.until("an IPv6 answer", |kernel| kernel.direct(near6) == Some(true));
     run("ip route add 198.51.100.0/24 dev eth0");
     life.until("news", |kernel| kernel.direct(far) == Some(true));
-    assert_eq!(life.events.len(), 3, "{:?}", life.events);
+    assert_eq!(life.events.len(), 4, "{:?}", life.events);
 }
 
 #[test]

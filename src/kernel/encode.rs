@@ -273,7 +273,10 @@ pub(super) fn lookup(out: &mut Writer, sequence: u32, ip: IpAddr) {
     let mut header = [0; 12];
     header[0] = family(ip);
     header[1] = if ip.is_ipv4() { 32 } else { 128 };
-    header[8..].copy_from_slice(&RTM_F_LOOKUP_TABLE.to_ne_bytes());
+    if ip.is_ipv4() {
+        // IPv6 tells the table unasked, and does not take the flag
+        header[8..].copy_from_slice(&RTM_F_LOOKUP_TABLE.to_ne_bytes());
+    }
     out.fixed(&header);
     out.attribute(1, &octets(ip));
     out.end();

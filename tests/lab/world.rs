@@ -397,7 +397,7 @@ impl Host {
     pub fn ping(&self, ip: &str) -> Result<String, String> {
         let mtu: usize = self.env("FLANNEL_MTU").unwrap().parse().unwrap();
         let size = mtu - if ip.contains(':') { 48 } else { 28 };
-        self.try_in_container(&format!("ping -n -c 1 -W 1 -M do -s {size} {ip}"))
+        self.try_in_container(&format!("ping -n -c 1 -W 0.3 -M do -s {size} {ip}"))
     }
 
     /// Routes of the overlay, one a line.

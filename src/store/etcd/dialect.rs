@@ -72,6 +72,8 @@ pub(super) enum Refusal {
     Away(String),
     /// It will not, and others will not either.
     No(String),
+    /// It does not speak this language.
+    Absent(String),
     /// The revision is too old.
     Compacted,
 }

@@ -129,6 +129,8 @@ pub struct Etcd {
     random: u64,
 
     config: Option<NetworkConfig>,
+    /// Why the first of the two languages gave no config, while the second is asked.
+    elsewhere: Option<(String, bool)>,
     /// Why the last config was not one.
     bad_config: Option<String>,
     identity: Option<Identity>,
@@ -141,6 +143,11 @@ pub struct Etcd {
     own: Option<Own>,
     /// Our key was seen with this revision, and that was not our doing.
     check_own: Option<u64>,
+    /// The watch has failed. Before it is opened again our key is looked at: that finds a store that has lost its data, and
+    /// renews what lets us in.
+    watch_broken: bool,
+    /// There was no free subnet.
+    full: bool,
     relist: bool,
     yielding: bool,
 
@@ -180,6 +187,7 @@ impl Etcd {
             renew_margin,
             random: random | 1,
             config: None,
+            elsewhere: None,
             bad_config: None,
             identity: None,
             attrs: None,
@@ -188,6 +196,8 @@ impl Etcd {
             found_said: false,
             own: None,
             check_own: None,
+            watch_broken: false,
+            full: false,
             relist: false,
             yielding: false,
             task: None,
@@ -235,7 +245,7 @@ impl Etcd {
         if own.unconfirmed {
             return Some((Task::Confirm, Op::Since { cursor: self.cursor? }));
         }
-        if self.check_own.is_some_and(|revision| revision > own.revision) {
+        if self.watch_broken || self.check_own.is_some_and(|revision| revision > own.revision) {
             return Some((Task::Check, Op::Read { key: own.key.clone() }));
         }
         let due = own.renew_at.is_some_and(|at| at <= now.mono);
@@ -277,14 +287,18 @@ impl Etcd {
             Err(reason) => {
                 // somebody may leave
                 self.listing = None;
-                self.fail(&reason, false, now);
+                self.unary.not_before = Some(now.mono + RETRY_CAP);
+                if !std::mem::replace(&mut self.full, true) {
+                    self.events.push_back(StoreEvent::Trouble(reason));
+                }
                 None
             }
         }
     }
 
     fn row(&mut self, row: Row) {
-        if let Some(subnets) = key::claim(&row.key) {
+        // what is larger than the network is nobody's subnet and must not take everybody's
+        if let Some(subnets) = key::claim(&row.key).filter(|subnets| self.is_part(subnets)) {
             self.reading.taken.push(subnets);
         }
         let own_key = self.own.as_ref().is_some_and(|own| own.key == row.key);
@@ -300,6 +314,12 @@ impl Etcd {
             }
             Err(reason) => self.bad_key(row.key, reason),
         }
+    }
+
+    fn is_part(&self, subnets: &Subnets) -> bool {
+        let Some(config) = &self.config else { return false };
+        let v4 = config.v4.zip(subnets.v4).is_some_and(|(config, net)| net.prefix_len() > config.network.prefix_len());
+        v4 || config.v6.zip(subnets.v6).is_some_and(|(config, net)| net.prefix_len() > config.network.prefix_len())
     }
 
     fn lease(&self, row: &Row) -> Result<Lease, String> {
@@ -389,32 +409,35 @@ impl Etcd {
                 self.config = Some(config.clone());
                 self.events.push_back(StoreEvent::Config(Box::new(config)));
             }
-            Err(reason) => {
-                self.failures = 0;
-                self.unary.backoff.succeeded();
-                self.unary.not_before = Some(now.mono + CONFIG_RETRY);
-                if document.is_none() && self.try_alternative() {
-                    return;
-                }
-                if self.bad_config.as_ref() != Some(&reason) {
-                    self.bad_config = Some(reason.clone());
-                    if let Some(text) = self.trouble.say(&reason, now.mono) {
-                        self.events.push_back(StoreEvent::Trouble(text));
-                    }
-                }
+            Err(reason) if document.is_some() => {
+                self.bad_config(reason, now);
+            }
+            Err(reason) => self.config_elsewhere(reason, true, now),
+        }
+    }
+
+    fn bad_config(&mut self, reason: String, now: Now) {
+        self.failures = 0;
+        self.unary.backoff.succeeded();
+        self.unary.not_before = Some(now.mono + CONFIG_RETRY);
+        if self.bad_config.as_ref() != Some(&reason) {
+            self.bad_config = Some(reason.clone());
+            if let Some(text) = self.trouble.say(&reason, now.mono) {
+                self.events.push_back(StoreEvent::Trouble(text));
             }
         }
     }
 
-    /// Looks into the other key space at once; back from there, waits.
-    fn try_alternative(&mut self) -> bool {
-        let Some(other) = &mut self.alternative else { return false };
+    /// This language has no config for us: looks into the other one at once; when neither has one, waits. `served` says that
+    /// the server speaks the language, so that its answer tells more than the other's.
+    fn config_elsewhere(&mut self, reason: String, served: bool, now: Now) {
+        let Some(other) = &mut self.alternative else { return self.bad_config(reason, now) };
         std::mem::swap(other, &mut self.dialect);
-        let tried_both = self.dialect.name() == "v3";
-        if !tried_both {
-            self.unary.not_before = None;
+        match self.elsewhere.take() {
+            None => self.elsewhere = Some((reason, served)),
+            Some((first, true)) => self.bad_config(first, now),
+            Some((first, false)) => self.bad_config(if served { reason } else { first }, now),
         }
-        !tried_both
     }
 
     fn handle_listed(&mut self, cursor: u64, now: Now) {
@@ -501,6 +524,7 @@ impl Etcd {
     fn acquired(&mut self) {
         let Some(own) = &mut self.own else { return };
         own.unconfirmed = false;
+        self.full = false;
         self.events.push_back(StoreEvent::Acquired(Box::new(own.lease.clone())));
         if let Some(listing) = self.listing.take() {
             self.events.push_back(StoreEvent::Snapshot(listing.leases));
@@ -510,15 +534,26 @@ impl Etcd {
     /// What our key holds now.
     fn handle_checked(&mut self, row: Option<Row>, now: Now) {
         self.check_own = None;
+        self.watch_broken = false;
         let Some(row) = row else { return self.lose("it is gone from the store".into()) };
         let attrs = value::parse(&row.value);
         let mine = attrs.as_ref().is_ok_and(|attrs| self.is_mine(attrs));
         let Some(own) = &mut self.own else { return };
         match attrs {
             Ok(_) if mine => {
+                if row.revision < own.revision {
+                    // the store was set back: to what, a list tells
+                    self.relist = true;
+                    self.cursor = None;
+                }
+                let unchanged = row.revision == own.revision;
                 (own.revision, own.value) = (row.revision, row.value);
                 let ttl = if row.reserved { None } else { Some(row.ttl.unwrap_or_default()) };
-                self.extend(ttl, now);
+                if unchanged {
+                    self.set_ttl(ttl, now);
+                } else {
+                    self.extend(ttl, now);
+                }
             }
             Ok(attrs) => {
                 let other = attrs
@@ -547,6 +582,7 @@ impl Etcd {
         self.stop_watch();
         self.cursor = None;
         self.check_own = None;
+        self.watch_broken = false;
         if !own.unconfirmed {
             self.events.push_back(StoreEvent::Lost(reason));
         }
@@ -585,7 +621,7 @@ impl Etcd {
                 self.cursor = None;
                 self.stop_watch();
             }
-            Notice::Refused(Refusal::Away(reason) | Refusal::No(reason)) => {
+            Notice::Refused(Refusal::Away(reason) | Refusal::No(reason) | Refusal::Absent(reason)) => {
                 self.watch_failed(&reason, now)
             }
         }
@@ -612,6 +648,7 @@ impl Etcd {
     }
 
     fn watch_failed(&mut self, reason: &str, now: Now) {
+        self.watch_broken = true;
         let was_open = std::mem::replace(&mut self.watch_open, false);
         self.stop_watch();
         let wait = self.watch.backoff.failed();
@@ -679,36 +716,19 @@ impl Etcd {
                 Step::Call(call) => self.call = Some(call),
                 Step::Answer(answer) => self.handle_answer(answer, now),
                 Step::Refused(Refusal::Away(reason)) => self.fail(&reason, true, now),
-                Step::Refused(Refusal::No(reason)) => {
-                    let config_elsewhere =
-                        self.task == Some(Task::Config) && self.alternative.is_some();
-                    if config_elsewhere && self.dialect.name() == "v2" {
-                        // the absence of v2 is no trouble; that of a config is
-                        debug!("{reason}");
-                        self.unary.busy = false;
-                        self.task = None;
-                        self.try_alternative();
-                        self.unary.not_before = Some(now.mono + CONFIG_RETRY);
-                        self.dialect_has_no_config(now);
-                        return;
-                    }
-                    self.fail(&reason, false, now);
-                    if config_elsewhere && self.try_alternative() {
-                        self.unary.not_before = None;
-                    }
+                Step::Refused(Refusal::No(reason)) => self.fail(&reason, false, now),
+                Step::Refused(Refusal::Absent(reason)) if self.task == Some(Task::Config) => {
+                    self.unary.busy = false;
+                    self.task = None;
+                    self.config_elsewhere(reason, false, now);
                 }
+                Step::Refused(Refusal::Absent(reason)) => self.fail(&reason, false, now),
                 Step::Refused(Refusal::Compacted) => {
                     self.fail("the list was compacted while it was read", true, now)
                 }
             },
             HttpEvent::Failed(reason) => self.fail(reason, true, now),
         }
-    }
-
-    fn dialect_has_no_config(&mut self, now: Now) {
-        let alternative = self.alternative.take();
-        self.handle_config(None, now);
-        self.alternative = alternative;
     }
 
     fn handle_watch(&mut self, event: HttpEvent<'_>, now: Now) {
@@ -801,7 +821,7 @@ impl Store for Etcd {
             }
         }
         let may_watch =
-            self.own.as_ref().is_some_and(|own| !own.unconfirmed) && !self.relist && !self.yielding;
+            self.own.as_ref().is_some_and(|own| !own.unconfirmed) && !self.relist && !self.yielding && !self.watch_broken;
         if let Some(cursor) = self.cursor.filter(|_| may_watch && self.watch.may_start(now.mono)) {
             let call = self.watch_again.take().unwrap_or_else(|| self.dialect.watch(cursor));
             self.watch.busy = true;

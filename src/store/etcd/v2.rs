@@ -113,7 +113,7 @@ impl V2 {
         let Ok(reply) = serde_json::from_slice::<Reply>(text) else {
             let text = shorten(&String::from_utf8_lossy(text));
             return Step::Refused(if status == 404 {
-                Refusal::No(
+                Refusal::Absent(
                     "the server has no v2 keys API (it is off unless etcd runs with --enable-v2)"
                         .into(),
                 )

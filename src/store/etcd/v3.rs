@@ -315,7 +315,7 @@ impl V3 {
                 return self.restart();
             }
             if status == 404 {
-                return Step::Refused(Refusal::No(
+                return Step::Refused(Refusal::Absent(
                     "the server has no v3 JSON gateway (--enable-grpc-gateway=false, or older than 3.3)".into(),
                 ));
             }
