@@ -35,18 +35,23 @@ pub(super) enum State {
     Sent,
     /// In the kernel.
     Present,
-    /// Cannot be written before this link exists.
-    Waiting(IfName),
+    /// Cannot be written before a link exists.
+    Waiting,
     /// Refused by the kernel.
-    Failed { retry_at: Instant, reason: Box<str> },
+    Failed(Box<Failure>),
+}
+
+/// A refusal; behind a pointer, because entries are many and refusals few.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct Failure {
+    pub(super) retry_at: Instant,
+    pub(super) reason: String,
 }
 
 #[derive(Debug)]
 pub(super) struct Entry {
     pub(super) object: Object,
     pub(super) holder: Owner,
-    /// Others who want exactly the same.
-    also: Vec<Owner>,
     pub(super) state: State,
     /// The last audit that saw it, or that began before it was declared.
     pub(super) epoch: u32,
@@ -66,11 +71,13 @@ pub(super) struct Clash {
 #[derive(Debug, Default)]
 pub(super) struct Desired {
     entries: BTreeMap<Key, Entry>,
-    claims: HashMap<Owner, Vec<Key>>,
+    claims: HashMap<Owner, Box<[Key]>>,
+    /// Others than the holder who want exactly the same.
+    sharers: BTreeMap<Key, Vec<Owner>>,
     /// Values that lost to another owner's.
     losers: BTreeMap<Key, Vec<(Owner, Object)>>,
-    /// Keys in state Wanted; the order of keys is the order of creation.
-    queue: BTreeSet<Key>,
+    /// Entries in state Wanted.
+    wanted: usize,
     retries: BTreeSet<(Instant, Key)>,
     /// Entries in state Unknown or Sent.
     open: usize,
@@ -87,7 +94,7 @@ impl Desired {
         epoch: u32,
         clashes: &mut Vec<Clash>,
     ) -> Vec<Object> {
-        let keys: Vec<Key> = objects.iter().map(Object::key).collect();
+        let keys: Box<[Key]> = objects.iter().map(Object::key).collect();
         let before = self.claims.insert(owner, keys.clone()).unwrap_or_default();
         let mut dropped = Vec::new();
         for key in before {
@@ -95,7 +102,7 @@ impl Desired {
                 dropped.extend(self.release(owner, &key));
             }
         }
-        for (key, object) in keys.into_iter().zip(objects) {
+        for (key, object) in keys.into_vec().into_iter().zip(objects) {
             clashes.extend(self.claim(owner, key, object, state, epoch));
         }
         dropped
@@ -117,43 +124,39 @@ impl Desired {
     ) -> Option<Clash> {
         let entry = match self.entries.entry(key.clone()) {
             MapEntry::Vacant(vacant) => {
-                let state = state.clone();
-                let entry = Entry {
+                vacant.insert(Entry {
                     object,
                     holder: owner,
-                    also: Vec::new(),
                     state: State::Present,
                     epoch,
                     failures: 0,
                     heals: 0,
-                };
-                vacant.insert(entry);
-                self.set(&key, state);
+                });
+                self.set(&key, state.clone());
                 return None;
             }
             MapEntry::Occupied(occupied) => occupied.into_mut(),
         };
         if entry.object == object {
-            if entry.holder != owner && !entry.also.contains(&owner) {
-                entry.also.push(owner);
+            if entry.holder != owner {
+                let sharers = self.sharers.entry(key).or_default();
+                if !sharers.contains(&owner) {
+                    sharers.push(owner);
+                }
             }
             return None;
         }
-        if entry.holder == owner && entry.also.is_empty() {
+        if entry.holder == owner && !self.sharers.contains_key(&key) {
             entry.object = object;
             if entry.state != State::Unknown {
                 self.set(&key, State::Wanted);
             }
             return None;
         }
-        let holder = entry.holder;
-        if holder == owner {
-            // the others keep what we all wanted
-            entry.holder = entry.also.remove(0);
-        } else {
-            entry.also.retain(|other| *other != owner);
-        }
-        let clash = Clash { holder: entry.holder, other: owner, object: object.clone() };
+        // the others keep what we all wanted
+        self.leave(owner, &key);
+        let holder = self.entries.get(&key).map_or(owner, |entry| entry.holder);
+        let clash = Clash { holder, other: owner, object: object.clone() };
         let losers = self.losers.entry(key).or_default();
         match losers.iter_mut().find(|(loser, _)| *loser == owner) {
             Some((_, old)) if *old == object => return None,
@@ -161,6 +164,21 @@ impl Desired {
             None => losers.push((owner, object)),
         }
         Some(clash)
+    }
+
+    /// One of several who want the same leaves. Returns whether somebody still wants it.
+    fn leave(&mut self, owner: Owner, key: &Key) -> bool {
+        let Some(entry) = self.entries.get_mut(key) else { return false };
+        let Some(sharers) = self.sharers.get_mut(key) else { return entry.holder != owner };
+        if entry.holder == owner {
+            entry.holder = sharers.remove(0);
+        } else {
+            sharers.retain(|other| *other != owner);
+        }
+        if sharers.is_empty() {
+            self.sharers.remove(key);
+        }
+        true
     }
 
     /// One owner wants one object no more: it goes to those who wanted the same, or to one who wanted it otherwise, or away.
@@ -176,15 +194,10 @@ impl Desired {
                 return None;
             }
         }
+        if self.leave(owner, key) {
+            return None;
+        }
         let entry = self.entries.get_mut(key)?;
-        if entry.holder != owner {
-            entry.also.retain(|other| *other != owner);
-            return None;
-        }
-        if !entry.also.is_empty() {
-            entry.holder = entry.also.remove(0);
-            return None;
-        }
         if let Some(losers) = self.losers.get_mut(key) {
             (entry.holder, entry.object) = losers.remove(0);
             if losers.is_empty() {
@@ -216,7 +229,7 @@ impl Desired {
 
     /// The keys that `owner` claims.
     pub(super) fn claimed(&self, owner: Owner) -> Option<&[Key]> {
-        self.claims.get(&owner).map(Vec::as_slice)
+        self.claims.get(&owner).map(|keys| &**keys)
     }
 
     /// Moves an object to another state.
@@ -225,16 +238,16 @@ impl Desired {
         let old = std::mem::replace(&mut entry.state, state);
         match old {
             State::Unknown | State::Sent => self.open -= 1,
-            State::Wanted => drop(self.queue.remove(key)),
-            State::Failed { retry_at, .. } => drop(self.retries.remove(&(retry_at, key.clone()))),
-            State::Present | State::Waiting(_) => {}
+            State::Wanted => self.wanted -= 1,
+            State::Failed(failure) => drop(self.retries.remove(&(failure.retry_at, key.clone()))),
+            State::Present | State::Waiting => {}
         }
         match &entry.state {
             State::Unknown | State::Sent => self.open += 1,
-            State::Wanted => drop(self.queue.insert(key.clone())),
-            State::Failed { retry_at, .. } => drop(self.retries.insert((*retry_at, key.clone()))),
+            State::Wanted => self.wanted += 1,
+            State::Failed(failure) => drop(self.retries.insert((failure.retry_at, key.clone()))),
             State::Present => entry.failures = 0,
-            State::Waiting(_) => {}
+            State::Waiting => {}
         }
     }
 
@@ -258,7 +271,10 @@ impl Desired {
         let Some(entry) = self.entries.get_mut(key) else { return RETRY_FIRST };
         let wait = RETRY_FIRST.saturating_mul(1 << entry.failures.min(6)).min(RETRY_CAP);
         entry.failures = entry.failures.saturating_add(1);
-        self.set(key, State::Failed { retry_at: now + wait, reason: reason.into() });
+        self.set(
+            key,
+            State::Failed(Box::new(Failure { retry_at: now + wait, reason: reason.to_owned() })),
+        );
         wait
     }
 
@@ -281,19 +297,20 @@ impl Desired {
         self.entries.values_mut().for_each(|entry| entry.heals = 0);
     }
 
-    /// The next objects to write, at most `limit`, links apart from all else.
+    /// The next objects to write, at most `limit`, in the order of keys, which is the order of creation; links apart from
+    /// all else.
     pub(super) fn batch(&self, limit: usize) -> Vec<Key> {
-        let links = matches!(self.queue.first(), Some(Key::Link(_)));
-        self.queue
-            .iter()
-            .take_while(|key| matches!(key, Key::Link(_)) == links)
-            .take(limit)
-            .cloned()
-            .collect()
+        if self.wanted == 0 {
+            return Vec::new();
+        }
+        let mut wanted = self.entries.iter().filter(|(_, entry)| entry.state == State::Wanted).peekable();
+        let links = matches!(wanted.peek(), Some((Key::Link(_), _)));
+        let same_sort = wanted.take_while(|(key, _)| matches!(key, Key::Link(_)) == links);
+        same_sort.take(limit.min(self.wanted)).map(|(key, _)| key.clone()).collect()
     }
 
     pub(super) fn has_wanted(&self) -> bool {
-        !self.queue.is_empty()
+        self.wanted > 0
     }
 
     /// Is there something that only an audit can decide?
@@ -303,7 +320,7 @@ impl Desired {
 
     /// Is every object in the kernel, refused, or waiting for a link?
     pub(super) fn is_settled(&self) -> bool {
-        self.queue.is_empty() && self.open == 0
+        self.wanted == 0 && self.open == 0
     }
 
     pub(super) fn next_retry(&self) -> Option<Instant> {
@@ -323,8 +340,8 @@ impl Desired {
 
     /// Links or addresses have changed, so what failed or waited may work now.
     pub(super) fn encourage(&mut self) {
-        let keys = self
-            .keys_where(|entry| matches!(entry.state, State::Waiting(_) | State::Failed { .. }));
+        let keys =
+            self.keys_where(|entry| matches!(entry.state, State::Waiting | State::Failed(_)));
         for key in keys {
             self.set(&key, State::Wanted);
         }
@@ -425,7 +442,7 @@ mod tests {
         assert!(desired.has_wanted());
         desired.set(&key, State::Present);
         assert_eq!((0..40).filter(|_| desired.heal(&key, now)).count(), 30);
-        assert!(matches!(desired.get(&key).unwrap().state, State::Failed { .. }));
+        assert!(matches!(desired.get(&key).unwrap().state, State::Failed(_)));
         desired.calm();
         assert!(desired.heal(&key, now));
     }

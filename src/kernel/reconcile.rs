@@ -245,10 +245,12 @@ impl Reconciler {
         let mut progress = Progress::Programmed;
         for key in self.desired.claimed(owner)? {
             match self.desired.get(key).map(|entry| (&entry.state, &entry.object)) {
-                Some((State::Failed { reason, .. }, object)) => {
-                    return Some(Progress::Failed(format!("{object}: {reason}")));
+                Some((State::Failed(failure), object)) => {
+                    return Some(Progress::Failed(format!("{object}: {}", failure.reason)));
                 }
-                Some((State::Waiting(link), object)) => {
+                Some((State::Waiting, object)) => {
+                    let link =
+                        self.missing_link(object).map_or("of it".into(), |link| link.to_string());
                     return Some(Progress::Failed(format!("{object}: there is no link {link}")));
                 }
                 Some((State::Present, _)) | None => {}
@@ -421,8 +423,8 @@ impl Reconciler {
         let object = entry.object.clone();
         let link = compare::link_of(&object);
         let index = link.and_then(|link| self.links.index(link));
-        if let (Some(link), None) = (link, index) {
-            return self.desired.set(key, State::Waiting(link));
+        if link.is_some() && index.is_none() {
+            return self.desired.set(key, State::Waiting);
         }
         if let Object::Sysctl(sysctl) = object {
             self.sysctls.push_back((sysctl.path, sysctl.value));
@@ -454,7 +456,7 @@ impl Reconciler {
         let lower = match &link.kind {
             LinkKind::Vxlan(vxlan) => {
                 let Some(lower) = self.links.index(vxlan.lower) else {
-                    return self.desired.set(key, State::Waiting(vxlan.lower));
+                    return self.desired.set(key, State::Waiting);
                 };
                 Some(lower)
             }
@@ -465,7 +467,7 @@ impl Reconciler {
             (seen.index, seen.mtu, seen.mac, judge(link, seen, lower, self.scope.vxlan_port))
         });
         match (verdict, &link.kind) {
-            (None, LinkKind::Existing) => return self.desired.set(key, State::Waiting(link.name)),
+            (None, LinkKind::Existing) => return self.desired.set(key, State::Waiting),
             (Some((_, _, _, Verdict::Same)), _) => return self.desired.set(key, State::Present),
             (Some((index, mtu, mac, Verdict::Change)), kind) => {
                 let sequence = self.next_sequence();
@@ -817,22 +819,25 @@ impl Reconciler {
                 && link.is_some_and(|link| self.links.index(link).is_none())
         });
         for key in lost {
-            self.park(&key);
+            self.desired.set(&key, State::Waiting);
         }
     }
 
-    fn park(&mut self, key: &Key) {
-        let link = self.desired.get(key).and_then(|entry| compare::link_of(&entry.object));
-        if let Some(link) = link {
-            self.desired.set(key, State::Waiting(link));
-        }
+    /// The link without which an object cannot be made, if it is not there.
+    fn missing_link(&self, object: &Object) -> Option<IfName> {
+        let needed = match object {
+            Object::Link(Link { kind: LinkKind::Vxlan(vxlan), .. }) => Some(vxlan.lower),
+            Object::Link(Link { kind: LinkKind::Existing, name, .. }) => Some(*name),
+            other => compare::link_of(other),
+        };
+        needed.filter(|link| self.links.index(*link).is_none())
     }
 
     /// What waited for a link that is there now is written.
     fn unpark(&mut self) {
-        let ready = self.desired.keys_where(
-            |entry| matches!(&entry.state, State::Waiting(link) if self.links.index(*link).is_some()),
-        );
+        let ready = self.desired.keys_where(|entry| {
+            entry.state == State::Waiting && self.missing_link(&entry.object).is_none()
+        });
         for key in ready {
             self.desired.set(&key, State::Wanted);
         }
@@ -843,9 +848,9 @@ impl Reconciler {
         let (object, owner) = (entry.object.to_string(), entry.holder);
         let at_once = self.desired.heal(key, now);
         self.events.push_back(match self.desired.get(key).map(|entry| &entry.state) {
-            Some(State::Failed { retry_at, reason }) if !at_once => {
-                let retry_in = retry_at.saturating_duration_since(now);
-                KernelEvent::Failed { object, owner, reason: reason.to_string(), retry_in }
+            Some(State::Failed(failure)) if !at_once => {
+                let retry_in = failure.retry_at.saturating_duration_since(now);
+                KernelEvent::Failed { object, owner, reason: failure.reason.clone(), retry_in }
             }
             _ => KernelEvent::Healed { object, how },
         });
@@ -918,8 +923,8 @@ impl Reconciler {
         };
         let same = judge(want, have, lower, self.scope.vxlan_port) == Verdict::Same;
         match (&entry.state, same) {
-            (State::Unknown | State::Waiting(_), true) => self.desired.set(&key, State::Present),
-            (State::Unknown | State::Waiting(_), false) => self.desired.set(&key, State::Wanted),
+            (State::Unknown | State::Waiting, true) => self.desired.set(&key, State::Present),
+            (State::Unknown | State::Waiting, false) => self.desired.set(&key, State::Wanted),
             (State::Present, false) if certain => self.heal(&key, "changed", now),
             _ => {}
         }
@@ -943,7 +948,7 @@ impl Reconciler {
             self.heal(&key, "deleted", now);
         }
         for key in self.desired.keys_where(|entry| compare::link_of(&entry.object) == Some(name)) {
-            self.desired.set(&key, State::Waiting(name));
+            self.desired.set(&key, State::Waiting);
         }
     }
 

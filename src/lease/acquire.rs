@@ -60,19 +60,19 @@ mod tests {
         let config = NetworkConfig::parse(r#"{"Network":"10.3.0.0/16"}"#).unwrap();
         let (five, six, foreign) =
             (subnets("10.3.5.0/24"), subnets("10.3.6.0/24"), subnets("10.4.6.0/24"));
-        let plan = |mine: &[Subnets], previous: Subnets, taken: &[Subnets]| {
-            super::plan(&config, mine, &previous, taken, [0, 0]).unwrap()
+        let planned = |mine: &[Subnets], previous: Subnets, taken: &[Subnets]| {
+            plan(&config, mine, &previous, taken, [0, 0]).unwrap()
         };
         let none = Subnets::default();
-        assert_eq!(plan(&[five, six], none, &[five, six]), Plan::Reuse(0));
-        assert_eq!(plan(&[five, six], six, &[five, six]), Plan::Reuse(1));
-        assert_eq!(plan(&[foreign, six], foreign, &[foreign, six]), Plan::Reuse(1));
-        assert_eq!(plan(&[foreign], five, &[foreign]), Plan::Delete(0));
-        assert_eq!(plan(&[], five, &[six]), Plan::Create(five));
+        assert_eq!(planned(&[five, six], none, &[five, six]), Plan::Reuse(0));
+        assert_eq!(planned(&[five, six], six, &[five, six]), Plan::Reuse(1));
+        assert_eq!(planned(&[foreign, six], foreign, &[foreign, six]), Plan::Reuse(1));
+        assert_eq!(planned(&[foreign], five, &[foreign]), Plan::Delete(0));
+        assert_eq!(planned(&[], five, &[six]), Plan::Create(five));
         assert_eq!(
             plan(&[], five, &[subnets("10.3.5.128/25")]),
             Plan::Create(subnets("10.3.1.0/24"))
         );
-        assert_eq!(plan(&[], foreign, &[]), Plan::Create(subnets("10.3.1.0/24")));
+        assert_eq!(planned(&[], foreign, &[]), Plan::Create(subnets("10.3.1.0/24")));
     }
 }

@@ -5,29 +5,30 @@
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Range;
+use std::rc::Rc;
 
 use ipnet::{Ipv4Net, Ipv6Net};
 
 use super::{Lease, LeaseEvent, Subnets};
 
-/// What a change in the store means here.
+/// What a change in the store means here. Leases are shared with the table: thousands may change at once.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Change {
     /// A peer that was not there, or not believed.
-    Added(Lease),
+    Added(Rc<Lease>),
     /// A peer published something else.
     Updated {
         /// Before.
-        old: Lease,
+        old: Rc<Lease>,
         /// Now.
-        new: Lease,
+        new: Rc<Lease>,
     },
     /// A peer that was believed is gone.
-    Removed(Lease),
+    Removed(Rc<Lease>),
     /// A lease is not believed; if it was before, what it needed goes.
     Refused {
         /// The lease.
-        lease: Lease,
+        lease: Rc<Lease>,
         /// Why.
         reason: String,
     },
@@ -38,7 +39,7 @@ pub type Judge<'a> = &'a dyn Fn(&Lease) -> Result<(), String>;
 
 #[derive(Clone, PartialEq, Eq, Debug)]
 struct Row {
-    lease: Lease,
+    lease: Rc<Lease>,
     refused: Option<Box<str>>,
 }
 
@@ -122,35 +123,38 @@ impl LeaseTable {
 
     /// Every lease but our own, refused ones included.
     pub fn leases(&self) -> impl Iterator<Item = &Lease> {
-        self.rows.values().map(|row| &row.lease)
+        self.rows.values().map(|row| &*row.lease)
     }
 
     /// Believed peers' leases.
     pub fn believed(&self) -> impl Iterator<Item = &Lease> {
-        self.rows.values().filter(|row| row.refused.is_none()).map(|row| &row.lease)
+        self.rows.values().filter(|row| row.refused.is_none()).map(|row| &*row.lease)
     }
 
     /// Leases that are not believed, and why.
     pub fn refused(&self) -> impl Iterator<Item = (&Lease, &str)> {
-        self.rows.values().filter_map(|row| Some((&row.lease, row.refused.as_deref()?)))
+        self.rows.values().filter_map(|row| Some((&*row.lease, row.refused.as_deref()?)))
     }
 
     /// These are this host's subnets now.
     pub fn set_own(&mut self, own: Subnets, judge: Judge<'_>) -> Vec<Change> {
         self.own = own;
         let leases = self.rows.values().map(|row| row.lease.clone()).collect();
-        self.reset(leases, judge)
+        self.replace(leases, judge)
     }
 
     /// Replaces the whole table, and says what differs from before.
     pub fn reset(&mut self, leases: Vec<Lease>, judge: Judge<'_>) -> Vec<Change> {
+        self.replace(leases.into_iter().map(Rc::new).collect(), judge)
+    }
+
+    fn replace(&mut self, mut leases: Vec<Rc<Lease>>, judge: Judge<'_>) -> Vec<Change> {
         let before = std::mem::take(&mut self.rows);
         self.believed = Claims::default();
         self.contested = 0;
-        let mut by_age: Vec<Lease> =
-            leases.into_iter().filter(|lease| lease.subnets != self.own).collect();
-        by_age.sort_by_key(|lease| (lease.created, lease.subnets));
-        for lease in by_age {
+        leases.retain(|lease| lease.subnets != self.own);
+        leases.sort_by_key(|lease| (lease.created, lease.subnets));
+        for lease in leases {
             let refused = self.enter(&lease, judge);
             self.rows.insert(lease.subnets, Row { lease, refused });
         }
@@ -167,7 +171,7 @@ impl LeaseTable {
             return Vec::new();
         }
         let lease = match event {
-            LeaseEvent::Put(lease) => Some(lease),
+            LeaseEvent::Put(lease) => Some(Rc::new(lease)),
             LeaseEvent::Removed(_) => None,
         };
         let old = self.rows.get(&subnets);
@@ -180,7 +184,7 @@ impl LeaseTable {
             });
         if contested {
             // who believes whom may change for others, too
-            let mut leases: Vec<Lease> = self
+            let mut leases: Vec<Rc<Lease>> = self
                 .rows
                 .values()
                 .map(|row| &row.lease)
@@ -188,7 +192,7 @@ impl LeaseTable {
                 .cloned()
                 .collect();
             leases.extend(lease);
-            return self.reset(leases, judge);
+            return self.replace(leases, judge);
         }
         let mut before = BTreeMap::new();
         if let Some(row) = self.rows.remove(&subnets) {
@@ -308,16 +312,22 @@ mod tests {
     fn changes_are_whole_value_differences() {
         let mut table = table();
         let (one, two) = (lease("10.5.2.0/24", 2), lease("10.5.3.0/24", 3));
-        assert_eq!(put(&mut table, &one), [Change::Added(one.clone())]);
+        assert_eq!(put(&mut table, &one), [Change::Added(one.clone().into())]);
         assert_eq!(put(&mut table, &one), []);
         let mut other = one.clone();
         other.attrs.public_ip = Some([192, 0, 2, 9].into());
         assert_eq!(
             table.reset(vec![two.clone(), other.clone()], &fine),
-            [Change::Updated { old: one, new: other.clone() }, Change::Added(two.clone())]
+            [
+                Change::Updated { old: one.into(), new: other.clone().into() },
+                Change::Added(two.clone().into())
+            ]
         );
-        assert_eq!(table.apply(LeaseEvent::Removed(two.subnets), &fine), [Change::Removed(two)]);
-        assert_eq!(table.reset(Vec::new(), &fine), [Change::Removed(other)]);
+        assert_eq!(
+            table.apply(LeaseEvent::Removed(two.subnets), &fine),
+            [Change::Removed(two.into())]
+        );
+        assert_eq!(table.reset(Vec::new(), &fine), [Change::Removed(other.into())]);
     }
 
     #[test]
@@ -327,7 +337,7 @@ mod tests {
         assert_eq!(table.leases().count(), 0);
         put(&mut table, &lease("10.5.2.0/24", 2));
         let changes = table.set_own(subnets("10.5.2.0/24"), &fine);
-        assert_eq!(changes, [Change::Removed(lease("10.5.2.0/24", 2))]);
+        assert_eq!(changes, [Change::Removed(lease("10.5.2.0/24", 2).into())]);
     }
 
     #[test]
@@ -348,7 +358,7 @@ mod tests {
             assert!(reason.contains(says), "{bad}: {reason}");
         }
         let good = lease("10.5.2.0/24", 2);
-        assert_eq!(put(&mut table, &good), [Change::Added(good)]);
+        assert_eq!(put(&mut table, &good), [Change::Added(good.into())]);
         assert_eq!((table.len(), table.refused().count()), (1, 6));
         let judge = |_: &Lease| Err("publishes rubbish".to_owned());
         let changes = table.apply(LeaseEvent::Put(lease("10.5.3.0/24", 3)), &judge);
@@ -370,8 +380,11 @@ mod tests {
             assert_eq!(believed, [old.clone(), third.clone()], "{order:?}");
             let changes = table.apply(LeaseEvent::Removed(old.subnets), &fine);
             assert_eq!(changes.len(), 3, "{changes:?}");
-            assert!(matches!(&changes[0], Change::Refused { lease, .. } if *lease == third));
-            assert_eq!(changes[1..], [Change::Removed(old.clone()), Change::Added(young.clone())]);
+            assert!(matches!(&changes[0], Change::Refused { lease, .. } if **lease == third));
+            assert_eq!(
+                changes[1..],
+                [Change::Removed(old.clone().into()), Change::Added(young.clone().into())]
+            );
         }
     }
 
@@ -388,7 +401,7 @@ mod tests {
         for _ in 0..50 {
             let mut table = table();
             let mut store = BTreeMap::new();
-            let mut plane: BTreeMap<Subnets, Lease> = BTreeMap::new();
+            let mut plane: BTreeMap<Subnets, Rc<Lease>> = BTreeMap::new();
             for step in 0..60 {
                 let len = 22 + random(5);
                 let net: Ipv4Net =
@@ -420,7 +433,7 @@ mod tests {
                 let mut fresh = self::table();
                 fresh.reset(store.values().cloned().collect(), &fine);
                 assert_eq!(fresh.rows, table.rows);
-                assert!(plane.values().eq(table.believed()));
+                assert!(plane.values().map(|lease| &**lease).eq(table.believed()));
             }
         }
     }

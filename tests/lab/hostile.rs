@@ -98,7 +98,8 @@ fn bad_leases_harm_nobody_else() {
         }
         let routes = from.routes();
         // a second lease with the first host's address is strange, but only the first host knows that it is wrong
-        let believed = routes.lines().filter(|line| from.number == 1 || !line.contains("10.5.217.0")).count();
+        let believed =
+            routes.lines().filter(|line| from.number == 1 || !line.contains("10.5.217.0")).count();
         assert_eq!(believed, 2, "{routes}");
         let everything = from.run("ip route show table all");
         for alien in ["192.168.77.66", "192.168.77.67", "224.0.0.0/24", "127.0.0.0/24 "] {

@@ -318,8 +318,14 @@ impl Etcd {
 
     fn is_part(&self, subnets: &Subnets) -> bool {
         let Some(config) = &self.config else { return false };
-        let v4 = config.v4.zip(subnets.v4).is_some_and(|(config, net)| net.prefix_len() > config.network.prefix_len());
-        v4 || config.v6.zip(subnets.v6).is_some_and(|(config, net)| net.prefix_len() > config.network.prefix_len())
+        let v4 = config
+            .v4
+            .zip(subnets.v4)
+            .is_some_and(|(config, net)| net.prefix_len() > config.network.prefix_len());
+        v4 || config
+            .v6
+            .zip(subnets.v6)
+            .is_some_and(|(config, net)| net.prefix_len() > config.network.prefix_len())
     }
 
     fn lease(&self, row: &Row) -> Result<Lease, String> {
@@ -621,9 +627,9 @@ impl Etcd {
                 self.cursor = None;
                 self.stop_watch();
             }
-            Notice::Refused(Refusal::Away(reason) | Refusal::No(reason) | Refusal::Absent(reason)) => {
-                self.watch_failed(&reason, now)
-            }
+            Notice::Refused(
+                Refusal::Away(reason) | Refusal::No(reason) | Refusal::Absent(reason),
+            ) => self.watch_failed(&reason, now),
         }
     }
 
@@ -820,8 +826,10 @@ impl Store for Etcd {
                 return self.poll_request(now);
             }
         }
-        let may_watch =
-            self.own.as_ref().is_some_and(|own| !own.unconfirmed) && !self.relist && !self.yielding && !self.watch_broken;
+        let may_watch = self.own.as_ref().is_some_and(|own| !own.unconfirmed)
+            && !self.relist
+            && !self.yielding
+            && !self.watch_broken;
         if let Some(cursor) = self.cursor.filter(|_| may_watch && self.watch.may_start(now.mono)) {
             let call = self.watch_again.take().unwrap_or_else(|| self.dialect.watch(cursor));
             self.watch.busy = true;
