@@ -123,12 +123,12 @@ fn parse(text: &str) -> (Subnets, Vec<String>) {
 /// The last value of `key`.
 fn value<'a>(text: &'a str, key: &str) -> Option<&'a str> {
     let lines = text.lines().map(str::trim).filter(|line| !line.starts_with('#'));
-    let values = lines.filter_map(|line| {
+    let mut values = lines.filter_map(|line| {
         let line = line.strip_prefix("export ").unwrap_or(line).trim_start();
         let (name, value) = line.split_once(['=', ':'])?;
         (name.trim_end() == key).then(|| unquote(value.trim()))
     });
-    values.last()
+    values.next_back()
 }
 
 fn unquote(value: &str) -> &str {

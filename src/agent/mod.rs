@@ -90,10 +90,10 @@ pub fn run(settings: Settings, notify_socket: Option<OsString>) -> Result<(), Fa
                 health.set_unready(ready.unready.clone());
             }
         }
-        if let Some(health) = &mut health {
-            if health.poll_timeout().is_some_and(|at| at <= now.mono) {
-                health.handle_timeout(&registry, now.mono);
-            }
+        if let Some(health) = &mut health
+            && health.poll_timeout().is_some_and(|at| at <= now.mono)
+        {
+            health.handle_timeout(&registry, now.mono);
         }
         let deadlines =
             [network.poll_timeout(now.mono), health.as_ref().and_then(Health::poll_timeout)];

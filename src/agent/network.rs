@@ -223,10 +223,10 @@ impl Network {
                 Ok(())
             }
             StoreEvent::Event(event) => {
-                if let Some(dataplane) = &mut self.dataplane {
-                    if dataplane.handle_lease_event(event, now.mono) {
-                        self.changed(now);
-                    }
+                if let Some(dataplane) = &mut self.dataplane
+                    && dataplane.handle_lease_event(event, now.mono)
+                {
+                    self.changed(now);
                 }
                 Ok(())
             }

@@ -137,10 +137,10 @@ impl Health {
 
     fn serve(&mut self, at: usize) {
         let Some(slot) = self.connections.get_mut(at) else { return };
-        if let Some(connection) = slot {
-            if connection.turn(self.unready.as_deref()) {
-                *slot = None;
-            }
+        if let Some(connection) = slot
+            && connection.turn(self.unready.as_deref())
+        {
+            *slot = None;
         }
     }
 }

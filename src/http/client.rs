@@ -47,6 +47,7 @@ struct Slot {
 }
 
 #[derive(Debug, Default)]
+#[allow(clippy::large_enum_variant)] // there are two of them
 enum State {
     /// Nothing is asked; a connection to this endpoint may be kept.
     #[default]

@@ -150,5 +150,5 @@ pub(super) fn intruder<'a>(
     };
     let unwanted =
         !link_local && wanted.any(|address| address.exclusive.contains(&seen.addr.addr()));
-    unwanted.then(|| Object::Address(Address { link, addr: seen.addr, exclusive: seen.addr }))
+    unwanted.then_some(Object::Address(Address { link, addr: seen.addr, exclusive: seen.addr }))
 }

@@ -303,7 +303,8 @@ impl Desired {
         if self.wanted == 0 {
             return Vec::new();
         }
-        let mut wanted = self.entries.iter().filter(|(_, entry)| entry.state == State::Wanted).peekable();
+        let mut wanted =
+            self.entries.iter().filter(|(_, entry)| entry.state == State::Wanted).peekable();
         let links = matches!(wanted.peek(), Some((Key::Link(_), _)));
         let same_sort = wanted.take_while(|(key, _)| matches!(key, Key::Link(_)) == links);
         same_sort.take(limit.min(self.wanted)).map(|(key, _)| key.clone()).collect()
@@ -392,7 +393,7 @@ mod tests {
         desired.set(&two.key(), State::Present);
         assert!(desired.is_settled());
         let other = route("10.0.1.0/24", "192.0.2.9");
-        let (dropped, clashes) = declare(&mut desired, owner, &[other.clone()]);
+        let (dropped, clashes) = declare(&mut desired, owner, std::slice::from_ref(&other));
         assert_eq!((dropped, clashes.len()), (vec![two], 0));
         assert_eq!(desired.get(&one.key()).unwrap().object, other);
         assert_eq!(desired.batch(10), [one.key()]);
@@ -406,10 +407,10 @@ mod tests {
         let (a, b) = (peer("10.0.1.0/24"), peer("10.0.2.0/24"));
         let (first, second) =
             (route("10.0.9.0/24", "192.0.2.1"), route("10.0.9.0/24", "192.0.2.2"));
-        declare(&mut desired, a, &[first.clone()]);
-        let (_, clashes) = declare(&mut desired, b, &[second.clone()]);
+        declare(&mut desired, a, std::slice::from_ref(&first));
+        let (_, clashes) = declare(&mut desired, b, std::slice::from_ref(&second));
         assert_eq!(clashes, [Clash { holder: a, other: b, object: second.clone() }]);
-        assert_eq!(declare(&mut desired, b, &[second.clone()]).1, [], "said once");
+        assert_eq!(declare(&mut desired, b, std::slice::from_ref(&second)).1, [], "said once");
         assert_eq!(desired.get(&first.key()).unwrap().object, first);
         assert_eq!(desired.withdraw(a), []);
         assert_eq!(desired.get(&first.key()).unwrap().object, second);
@@ -421,8 +422,8 @@ mod tests {
         let mut desired = Desired::default();
         let (a, b) = (peer("10.0.1.0/24"), peer("10.0.2.0/24"));
         let shared = route("10.0.9.0/24", "192.0.2.1");
-        declare(&mut desired, a, &[shared.clone()]);
-        declare(&mut desired, b, &[shared.clone()]);
+        declare(&mut desired, a, std::slice::from_ref(&shared));
+        declare(&mut desired, b, std::slice::from_ref(&shared));
         assert_eq!(desired.withdraw(a), []);
         assert_eq!(desired.withdraw(b), [shared]);
     }

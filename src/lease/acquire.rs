@@ -70,7 +70,7 @@ mod tests {
         assert_eq!(planned(&[foreign], five, &[foreign]), Plan::Delete(0));
         assert_eq!(planned(&[], five, &[six]), Plan::Create(five));
         assert_eq!(
-            plan(&[], five, &[subnets("10.3.5.128/25")]),
+            planned(&[], five, &[subnets("10.3.5.128/25")]),
             Plan::Create(subnets("10.3.1.0/24"))
         );
         assert_eq!(planned(&[], foreign, &[]), Plan::Create(subnets("10.3.1.0/24")));

@@ -16,7 +16,7 @@ pub fn format(subnets: &Subnets) -> String {
     }
 }
 
-/// The subnets that a key names, if it is written as [`format`] writes it. Two keys never name the same lease.
+/// The subnets that a key names, if it is written as [`format()`] writes it. Two keys never name the same lease.
 pub fn parse(key: &str) -> Option<Subnets> {
     let subnets = claim(key)?;
     (format(&subnets) == key).then_some(subnets)

@@ -95,10 +95,10 @@ impl Claims {
     fn remove(&mut self, subnets: &Subnets) {
         let [v4, v6] = Self::ranges(subnets);
         for (map, range) in [(&mut self.v4, v4), (&mut self.v6, v6)] {
-            if let Some((first, _)) = range {
-                if map.get(&first).is_some_and(|(_, owner)| owner == subnets) {
-                    map.remove(&first);
-                }
+            if let Some((first, _)) = range
+                && map.get(&first).is_some_and(|(_, owner)| owner == subnets)
+            {
+                map.remove(&first);
             }
         }
     }
@@ -222,15 +222,15 @@ impl LeaseTable {
 
     fn check(&self, lease: &Lease) -> Result<(), String> {
         let Subnets { v4, v6 } = lease.subnets;
-        if let (Some(network), Some(subnet)) = (self.v4, v4) {
-            if !network.contains(&subnet) || subnet.prefix_len() <= network.prefix_len() {
-                return Err(format!("its subnet {subnet} is not a part of the network {network}"));
-            }
+        if let (Some(network), Some(subnet)) = (self.v4, v4)
+            && (!network.contains(&subnet) || subnet.prefix_len() <= network.prefix_len())
+        {
+            return Err(format!("its subnet {subnet} is not a part of the network {network}"));
         }
-        if let (Some(network), Some(subnet)) = (self.v6, v6) {
-            if !network.contains(&subnet) || subnet.prefix_len() <= network.prefix_len() {
-                return Err(format!("its subnet {subnet} is not a part of the network {network}"));
-            }
+        if let (Some(network), Some(subnet)) = (self.v6, v6)
+            && (!network.contains(&subnet) || subnet.prefix_len() <= network.prefix_len())
+        {
+            return Err(format!("its subnet {subnet} is not a part of the network {network}"));
         }
         if (self.v4.is_none() || v4.is_none()) && (self.v6.is_none() || v6.is_none()) {
             return Err("it has no subnet of an enabled address family".into());

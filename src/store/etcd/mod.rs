@@ -688,7 +688,7 @@ impl Etcd {
     fn next_endpoint(&mut self) -> bool {
         self.endpoint = (self.endpoint + 1) % self.endpoints.len().max(1);
         self.failures += 1;
-        self.failures % self.endpoints.len().max(1) == 0
+        self.failures.is_multiple_of(self.endpoints.len().max(1))
     }
 
     fn tell(&mut self, reason: &str, now: Now) {
@@ -814,17 +814,17 @@ impl Store for Etcd {
                 self.request(call, Some(deadline), silence),
             ));
         }
-        if self.unary.may_start(now.mono) {
-            if let Some((task, op)) = self.next_task(now) {
-                if matches!(task, Task::List | Task::Confirm) {
-                    self.reading = Listing::default();
-                }
-                self.task = Some(task);
-                self.unary.busy = true;
-                self.unary.not_before = None;
-                self.call = Some(self.dialect.begin(op));
-                return self.poll_request(now);
+        if self.unary.may_start(now.mono)
+            && let Some((task, op)) = self.next_task(now)
+        {
+            if matches!(task, Task::List | Task::Confirm) {
+                self.reading = Listing::default();
             }
+            self.task = Some(task);
+            self.unary.busy = true;
+            self.unary.not_before = None;
+            self.call = Some(self.dialect.begin(op));
+            return self.poll_request(now);
         }
         let may_watch = self.own.as_ref().is_some_and(|own| !own.unconfirmed)
             && !self.relist

@@ -1,0 +1,53 @@
+# Everything that there is to do here. `make help` lists it.
+
+PACKAGES := etcd-server etcd-client iproute2 iputils-ping iperf3 curl procps gcc libc6-dev
+COMMANDS := etcd etcdctl ip bridge ping iperf3 curl setsid sysctl gcc
+HOST     := $(shell rustc -vV 2>/dev/null | sed -n 's/^host: //p')
+LIMIT    := 3500000
+
+.PHONY: help demo test bench lint fmt doc release clean deps root
+
+help: ## list the goals
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+demo: deps root ## three hosts join an overlay, drawn in the terminal
+	cargo build --release --locked
+	cargo build --example demo --locked
+	FLANNELD_UNDER_TEST=target/release/flanneld target/debug/examples/demo
+
+test: deps root ## all tests; installs what it needs; runs as root
+	cargo test --locked
+	cargo test --locked --doc
+
+bench: deps root ## starts and costs at scale
+	cargo bench --locked
+
+lint: ## format, clippy and documentation, as CI checks them
+	cargo fmt --check
+	cargo clippy --locked --all-targets -- -D warnings
+	RUSTDOCFLAGS=-Dwarnings cargo doc --locked --no-deps --document-private-items
+
+fmt: ## format the sources
+	cargo fmt
+
+doc: ## the documentation of the code
+	cargo doc --locked --no-deps --document-private-items
+
+release: deps ## the static binary for hosts: target/$(HOST)/release/flanneld
+	RUSTFLAGS="-C target-feature=+crt-static" cargo build --release --locked --target $(HOST)
+	@size=$$(stat -c %s target/$(HOST)/release/flanneld); echo "flanneld: $$size bytes"; \
+	test $$size -lt $(LIMIT) || { echo "larger than $(LIMIT) bytes"; exit 1; }
+
+clean: ## remove what was built
+	cargo clean
+
+# Debian's packages, only if something is missing.
+deps:
+	@missing=; for command in $(COMMANDS); do command -v $$command >/dev/null || missing="$$missing $$command"; done; \
+	if [ -n "$$missing" ]; then \
+	    echo "installing Debian packages, for want of:$$missing"; \
+	    apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends $(PACKAGES); \
+	fi
+
+root:
+	@test "$$(id -u)" = 0 || { echo "network namespaces need root: run this as root"; exit 1; }
