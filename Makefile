@@ -34,7 +34,7 @@ doc: ## the documentation of the code
 	cargo doc --locked --no-deps --document-private-items
 
 release: deps ## the static binary for hosts: target/$(HOST)/release/flanneld
-	RUSTFLAGS="-C target-feature=+crt-static" cargo build --release --locked --target $(HOST)
+	RUSTFLAGS="-C target-feature=+crt-static -C link-arg=-Wl,-z,pack-relative-relocs" cargo build --release --locked --target $(HOST)
 	@size=$$(stat -c %s target/$(HOST)/release/flanneld); echo "flanneld: $$size bytes"; \
 	test $$size -lt $(LIMIT) || { echo "larger than $(LIMIT) bytes"; exit 1; }
 
