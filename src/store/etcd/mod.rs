@@ -49,6 +49,9 @@ const RETRY_FIRST: Duration = Duration::from_millis(100);
 const RETRY_CAP: Duration = Duration::from_secs(5);
 /// Between looks for a network config that is not there, or not valid.
 const CONFIG_RETRY: Duration = Duration::from_secs(1);
+/// Waits before our lease is written again when somebody else writes it, too.
+const FIGHT_FIRST: Duration = Duration::from_secs(1);
+const FIGHT_CAP: Duration = Duration::from_secs(60);
 /// So many bad keys are remembered, so that each is spoken of once.
 const BAD_KEYS: usize = 1000;
 /// So many of them are spoken of at all.
@@ -95,6 +98,9 @@ struct Own {
     renew_at: Option<Instant>,
     /// The store has this value.
     value: String,
+    /// Somebody else writes our lease: we answer slower and slower. Until then nothing is written.
+    fight: Backoff,
+    hold_until: Option<Instant>,
     /// An older lease may still turn up.
     unconfirmed: bool,
 }
@@ -255,7 +261,8 @@ impl Etcd {
             revision: own.revision,
             reserved: own.reserved,
         };
-        (due || own.value != text).then(|| (Task::Renew, renew()))
+        let differs = own.value != text && own.hold_until.is_none_or(|at| at <= now.mono);
+        (due || differs).then(|| (Task::Renew, renew()))
     }
 
     /// Takes a lease, according to the list.
@@ -384,7 +391,7 @@ impl Etcd {
                         own.value = value::format(attrs);
                     }
                 }
-                self.extend(ttl, now);
+                self.extend(ttl, true, now);
             }
             (Task::Renew, Answer::Conflict) => self.check_own = Some(u64::MAX),
             (Task::Check, Answer::Row(row)) => self.handle_checked(row, now),
@@ -506,21 +513,35 @@ impl Etcd {
         let lease = OwnLease { lease: Lease { subnets, attrs, created }, expiry: None };
         let key = key::format(&subnets);
         let unconfirmed = created == revision;
-        self.own = Some(Own { lease, key, revision, reserved, renew_at: None, value, unconfirmed });
-        self.set_ttl(ttl, now);
+        let fight = Backoff::new(FIGHT_FIRST, FIGHT_CAP, self.random());
+        self.own = Some(Own {
+            lease,
+            key,
+            revision,
+            reserved,
+            renew_at: None,
+            value,
+            fight,
+            hold_until: None,
+            unconfirmed,
+        });
+        self.set_ttl(ttl, true, now);
     }
 
-    fn set_ttl(&mut self, ttl: Option<Duration>, now: Now) {
+    /// `granted` says that the time to live begins now, and is not what is left of it.
+    fn set_ttl(&mut self, ttl: Option<Duration>, granted: bool, now: Now) {
         let Some(own) = &mut self.own else { return };
         own.lease.expiry = ttl.map(|ttl| now.wall + ttl);
-        // a lease that somebody made short is renewed in time all the same
-        own.renew_at =
-            ttl.map(|ttl| now.mono + ttl.checked_sub(self.renew_margin).unwrap_or(ttl / 2));
+        // a server that grants less than the margin must not be asked for ever
+        let shortest = |ttl: Duration| if granted { ttl / 2 } else { Duration::ZERO };
+        own.renew_at = ttl.map(|ttl| {
+            now.mono + ttl.checked_sub(self.renew_margin).unwrap_or_else(|| shortest(ttl))
+        });
         own.reserved = ttl.is_none();
     }
 
-    fn extend(&mut self, ttl: Option<Duration>, now: Now) {
-        self.set_ttl(ttl, now);
+    fn extend(&mut self, ttl: Option<Duration>, granted: bool, now: Now) {
+        self.set_ttl(ttl, granted, now);
         if let Some(own) = &self.own {
             self.events.push_back(StoreEvent::Renewed(Box::new(own.lease.clone())));
         }
@@ -545,6 +566,18 @@ impl Etcd {
         let attrs = value::parse(&row.value);
         let mine = attrs.as_ref().is_ok_and(|attrs| self.is_mine(attrs));
         let Some(own) = &mut self.own else { return };
+        if row.revision != own.revision && row.value != own.value {
+            // the first time may be a mistake; what happens again and again is another host with our address
+            let first = own.fight.failures() == 0;
+            let wait = own.fight.failed();
+            own.hold_until = (!first).then_some(now.mono + wait);
+            if own.fight.failures() == 2 {
+                self.events.push_back(StoreEvent::Trouble(format!(
+                    "something else writes our lease {}: does another host have our public address?",
+                    own.lease.lease.subnets
+                )));
+            }
+        }
         match attrs {
             Ok(_) if mine => {
                 if row.revision < own.revision {
@@ -556,9 +589,9 @@ impl Etcd {
                 (own.revision, own.value) = (row.revision, row.value);
                 let ttl = if row.reserved { None } else { Some(row.ttl.unwrap_or_default()) };
                 if unchanged {
-                    self.set_ttl(ttl, now);
+                    self.set_ttl(ttl, false, now);
                 } else {
-                    self.extend(ttl, now);
+                    self.extend(ttl, false, now);
                 }
             }
             Ok(attrs) => {
@@ -671,8 +704,11 @@ impl Etcd {
     /// An operation failed; it is tried again.
     fn fail(&mut self, reason: &str, server_is_away: bool, now: Now) {
         self.unary.busy = false;
-        self.task = None;
         self.call = None;
+        if matches!(self.task.take(), Some(Task::Create(_) | Task::Reuse(..) | Task::Discard)) {
+            // it may have taken effect all the same
+            self.listing = None;
+        }
         let round_over = self.next_endpoint();
         // the next server is asked at once, the first one again after a while
         let wait = if server_is_away && !round_over {
@@ -805,6 +841,9 @@ impl Store for Etcd {
         for turn in [&mut self.unary, &mut self.watch] {
             turn.not_before = turn.not_before.filter(|at| *at > now.mono);
         }
+        if let Some(own) = &mut self.own {
+            own.hold_until = own.hold_until.filter(|at| *at > now.mono);
+        }
         // the next exchange of an operation under way
         if let Some(call) = self.call.take() {
             let silence = matches!(self.task, Some(Task::List | Task::Confirm)).then_some(DEADLINE);
@@ -854,7 +893,8 @@ impl Store for Etcd {
     }
 
     fn poll_timeout(&self) -> Option<Instant> {
-        let renewal = self.own.as_ref().and_then(|own| own.renew_at);
+        let renewal =
+            self.own.as_ref().and_then(|own| own.renew_at.into_iter().chain(own.hold_until).min());
         let of = |turn: &Turn, other: Option<Instant>| {
             if turn.busy { None } else { turn.not_before.or(other) }
         };
