@@ -5,6 +5,7 @@ pub mod netlink;
 pub mod netns;
 pub mod random;
 pub mod signal;
+mod source;
 pub mod tcp;
 pub mod time;
 pub mod tun;

@@ -9,9 +9,6 @@ use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 
-use mio::unix::SourceFd;
-use mio::{Interest, Registry, Token, event};
-
 use crate::kernel::IfName;
 
 const CLONE_DEVICE: &str = "/dev/net/tun";
@@ -106,26 +103,4 @@ fn attach(file: &File, template: IfName) -> io::Result<IfName> {
         .ok_or_else(|| io::Error::other("the kernel gave the device an unusable name"))
 }
 
-impl event::Source for Tun {
-    fn register(
-        &mut self,
-        registry: &Registry,
-        token: Token,
-        interests: Interest,
-    ) -> io::Result<()> {
-        SourceFd(&self.file.as_raw_fd()).register(registry, token, interests)
-    }
-
-    fn reregister(
-        &mut self,
-        registry: &Registry,
-        token: Token,
-        interests: Interest,
-    ) -> io::Result<()> {
-        SourceFd(&self.file.as_raw_fd()).reregister(registry, token, interests)
-    }
-
-    fn deregister(&mut self, registry: &Registry) -> io::Result<()> {
-        SourceFd(&self.file.as_raw_fd()).deregister(registry)
-    }
-}
+super::source::source_by_descriptor!(Tun, file);

@@ -7,7 +7,6 @@ use std::io;
 use std::net::SocketAddrV4;
 
 use mio::net::UdpSocket;
-use mio::{Interest, Registry, Token, event};
 
 /// A bound UDP socket.
 #[derive(Debug)]
@@ -55,26 +54,4 @@ pub fn is_too_long(error: &io::Error) -> bool {
     error.raw_os_error() == Some(libc::EMSGSIZE)
 }
 
-impl event::Source for UdpPort {
-    fn register(
-        &mut self,
-        registry: &Registry,
-        token: Token,
-        interests: Interest,
-    ) -> io::Result<()> {
-        self.socket.register(registry, token, interests)
-    }
-
-    fn reregister(
-        &mut self,
-        registry: &Registry,
-        token: Token,
-        interests: Interest,
-    ) -> io::Result<()> {
-        self.socket.reregister(registry, token, interests)
-    }
-
-    fn deregister(&mut self, registry: &Registry) -> io::Result<()> {
-        self.socket.deregister(registry)
-    }
-}
+super::source::source_by_descriptor!(UdpPort, socket);

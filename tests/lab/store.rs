@@ -1,7 +1,13 @@
 //! The store goes away in every way there is, and comes back.
 
+use std::fs;
+use std::path::Path;
 use std::thread;
 use std::time::Duration;
+
+use rcgen::{
+    BasicConstraints, CertificateParams, CertifiedIssuer, ExtendedKeyUsagePurpose, IsCa, KeyPair,
+};
 
 use super::world::{Agent, Etcd, Flow, Host, PATIENCE, World, until};
 
@@ -133,7 +139,7 @@ fn reboot_without_the_store() {
     let before = (subnet(&hosts[0]), hosts[0].run("ip -br link show flannel.1"));
     agents.remove(0).stop();
     hosts[0].run("ip link del flannel.1");
-    std::fs::remove_file(hosts[0].subnet_file()).unwrap();
+    fs::remove_file(hosts[0].subnet_file()).unwrap();
     etcd.kill();
     let agent = hosts[0].start(&[]);
     agent.wait_ready();
@@ -224,4 +230,59 @@ fn user_and_password() {
     agents[1].wait_for("our lease is lost");
     until("the lease is back", PATIENCE, || etcd.leases().len() == 4);
     assert!(!hosts[0].log().contains("secret-f"));
+}
+
+/// Certificates as an operator would make them: an authority, etcd's, ours.
+fn certificates(dir: &Path) {
+    let mut params = CertificateParams::new(Vec::<String>::new()).unwrap();
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let ca = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
+    fs::write(dir.join("ca.pem"), ca.pem()).unwrap();
+    for (name, usage) in [
+        ("server", ExtendedKeyUsagePurpose::ServerAuth),
+        ("client", ExtendedKeyUsagePurpose::ClientAuth),
+    ] {
+        let mut params = CertificateParams::new(vec!["192.168.77.1".to_owned()]).unwrap();
+        params.extended_key_usages = vec![usage, ExtendedKeyUsagePurpose::ClientAuth];
+        let key = KeyPair::generate().unwrap();
+        fs::write(dir.join(format!("{name}.pem")), params.signed_by(&key, &ca).unwrap().pem())
+            .unwrap();
+        fs::write(dir.join(format!("{name}.key")), key.serialize_pem()).unwrap();
+    }
+}
+
+#[test]
+fn tls() {
+    for client_certificates in [false, true] {
+        let mut world = World::new();
+        certificates(&world.dir);
+        let file = |name: &str| world.dir.join(name).display().to_string();
+        let mut server = vec![
+            format!("--cert-file={}", file("server.pem")),
+            format!("--key-file={}", file("server.key")),
+        ];
+        if client_certificates {
+            server.push("--client-cert-auth".into());
+            server.push(format!("--trusted-ca-file={}", file("ca.pem")));
+        }
+        let mut client = vec![
+            "-etcd-endpoints=https://192.168.77.1:2379".into(),
+            format!("-etcd-cafile={}", file("ca.pem")),
+        ];
+        let stranger: Vec<String> = client[..if client_certificates { 2 } else { 1 }].to_vec();
+        if client_certificates {
+            client.push(format!("-etcd-certfile={}", file("client.pem")));
+            client.push(format!("-etcd-keyfile={}", file("client.key")));
+        }
+        let etcd = world.etcd(&server.iter().map(String::as_str).collect::<Vec<_>>());
+        etcd.put_config("v3", VXLAN);
+        let hosts = world.hosts(2);
+        let client: Vec<&str> = client.iter().map(String::as_str).collect();
+        let agents: Vec<Agent> = hosts.iter().map(|host| host.start_with(&client)).collect();
+        agents.iter().for_each(Agent::wait_ready);
+        until("a route", PATIENCE, || hosts[0].routes().contains(&subnet(&hosts[1])));
+        drop(agents);
+        let refused = hosts[0].start_with(&stranger.iter().map(String::as_str).collect::<Vec<_>>());
+        until("a refusal", PATIENCE, || refused.log().to_lowercase().contains("certificate"));
+    }
 }

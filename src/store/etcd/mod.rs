@@ -14,6 +14,8 @@
 //! * **Nothing is forgotten while the store is away**, and nobody hears of it twice.
 
 mod dialect;
+mod listing;
+mod own;
 mod trouble;
 mod v2;
 mod v3;
@@ -24,9 +26,11 @@ mod tests;
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
-use log::{debug, info, warn};
+use log::{debug, info};
 
 use self::dialect::{Answer, Call, Dialect, Notice, Op, Refusal, Row, Step};
+use self::listing::Listing;
+use self::own::Own;
 use self::trouble::Trouble;
 use self::v2::V2;
 use self::v3::V3;
@@ -35,8 +39,7 @@ use crate::backoff::Backoff;
 use crate::cli::settings::{self, EtcdApi};
 use crate::config::NetworkConfig;
 use crate::http::{HttpEvent, Request};
-use crate::lease::acquire::{Plan, overlap, plan};
-use crate::lease::{Lease, LeaseAttrs, LeaseEvent, OwnLease, Subnets, key, value};
+use crate::lease::{LeaseAttrs, LeaseEvent, Subnets, key, value};
 
 /// A short operation's time limit, for each of its exchanges.
 const DEADLINE: Duration = Duration::from_secs(5);
@@ -49,13 +52,6 @@ const RETRY_FIRST: Duration = Duration::from_millis(100);
 const RETRY_CAP: Duration = Duration::from_secs(5);
 /// Between looks for a network config that is not there, or not valid.
 const CONFIG_RETRY: Duration = Duration::from_secs(1);
-/// Waits before our lease is written again when somebody else writes it, too.
-const FIGHT_FIRST: Duration = Duration::from_secs(1);
-const FIGHT_CAP: Duration = Duration::from_secs(60);
-/// So many bad keys are remembered, so that each is spoken of once.
-const BAD_KEYS: usize = 1000;
-/// So many of them are spoken of at all.
-const BAD_KEYS_SAID: usize = 10;
 
 /// What the operation under way is for.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -74,35 +70,6 @@ enum Task {
     Check,
     /// Give up a lease that an older one overlaps.
     Yield,
-}
-
-/// The last list, until it has been passed on.
-#[derive(Debug, Default)]
-struct Listing {
-    leases: Vec<Lease>,
-    /// Subnets that any key claims, bad ones included.
-    taken: Vec<Subnets>,
-    /// Leases with our public address.
-    mine: Vec<(Subnets, Row)>,
-    /// Our own key's row, once we have a lease.
-    own: Option<Row>,
-}
-
-/// Our lease.
-#[derive(Debug)]
-struct Own {
-    lease: OwnLease,
-    key: String,
-    revision: u64,
-    reserved: bool,
-    renew_at: Option<Instant>,
-    /// The store has this value.
-    value: String,
-    /// Somebody else writes our lease: we answer slower and slower. Until then nothing is written.
-    fight: Backoff,
-    hold_until: Option<Instant>,
-    /// An older lease may still turn up.
-    unconfirmed: bool,
 }
 
 /// One lane's turn.
@@ -265,106 +232,6 @@ impl Etcd {
         (due || differs).then(|| (Task::Renew, renew()))
     }
 
-    /// Takes a lease, according to the list.
-    fn claim(&mut self, text: String, now: Now) -> Option<(Task, Op)> {
-        let random = [self.random(), self.random()];
-        let (config, listing) = (self.config.as_ref()?, self.listing.as_ref()?);
-        let previous = self.identity.map(|identity| identity.previous).unwrap_or_default();
-        let mine: Vec<Subnets> = listing.mine.iter().map(|(subnets, _)| *subnets).collect();
-        match plan(config, &mine, &previous, &listing.taken, random) {
-            Ok(Plan::Reuse(number)) => {
-                let (subnets, row) = listing.mine.get(number)?.clone();
-                let (key, revision, reserved) = (row.key.clone(), row.revision, row.reserved);
-                Some((
-                    Task::Reuse(subnets, row),
-                    Op::Update { key, value: text, revision, reserved },
-                ))
-            }
-            Ok(Plan::Delete(number)) => {
-                let (subnets, row) = listing.mine.get(number)?;
-                info!(
-                    "our lease {subnets} does not fit the network config any more: taking another one"
-                );
-                Some((Task::Discard, Op::Delete { key: row.key.clone(), revision: row.revision }))
-            }
-            Ok(Plan::Create(subnets)) => Some((
-                Task::Create(subnets),
-                Op::Create { key: key::format(&subnets), value: text },
-            )),
-            Err(reason) => {
-                // somebody may leave
-                self.listing = None;
-                self.unary.not_before = Some(now.mono + RETRY_CAP);
-                if !std::mem::replace(&mut self.full, true) {
-                    self.events.push_back(StoreEvent::Trouble(reason));
-                }
-                None
-            }
-        }
-    }
-
-    fn row(&mut self, row: Row) {
-        // what is larger than the network is nobody's subnet and must not take everybody's
-        if let Some(subnets) = key::claim(&row.key).filter(|subnets| self.is_part(subnets)) {
-            self.reading.taken.push(subnets);
-        }
-        let own_key = self.own.as_ref().is_some_and(|own| own.key == row.key);
-        if own_key {
-            self.reading.own = Some(row.clone());
-        }
-        match self.lease(&row) {
-            Ok(lease) => {
-                if self.is_mine(&lease.attrs) {
-                    self.reading.mine.push((lease.subnets, row));
-                }
-                self.reading.leases.push(lease);
-            }
-            Err(reason) => self.bad_key(row.key, reason),
-        }
-    }
-
-    fn is_part(&self, subnets: &Subnets) -> bool {
-        let Some(config) = &self.config else { return false };
-        let v4 = config
-            .v4
-            .zip(subnets.v4)
-            .is_some_and(|(config, net)| net.prefix_len() > config.network.prefix_len());
-        v4 || config
-            .v6
-            .zip(subnets.v6)
-            .is_some_and(|(config, net)| net.prefix_len() > config.network.prefix_len())
-    }
-
-    fn lease(&self, row: &Row) -> Result<Lease, String> {
-        let subnets = key::parse(&row.key).ok_or("the key is not one of a subnet")?;
-        Ok(Lease { subnets, attrs: value::parse(&row.value)?, created: row.created })
-    }
-
-    fn bad_key(&mut self, key: String, reason: String) {
-        let shown = dialect::shorten(&key);
-        if self.bad_keys.get(&key) == Some(&reason) {
-            return;
-        }
-        if self.bad_keys.len() < BAD_KEYS_SAID {
-            warn!("the lease {}/subnets/{shown} is ignored: {reason}", self.prefix);
-        } else {
-            debug!("the lease {shown} is ignored: {reason}");
-        }
-        if self.bad_keys.len() < BAD_KEYS {
-            self.bad_keys.insert(key, reason);
-        }
-    }
-
-    /// Does this lease carry our address?
-    fn is_mine(&self, attrs: &LeaseAttrs) -> bool {
-        let Some(identity) = &self.identity else { return false };
-        if self.config.as_ref().is_some_and(|config| config.v4.is_some()) {
-            identity.public_ip.is_some() && attrs.public_ip == identity.public_ip
-        } else {
-            identity.public_ipv6.is_some() && attrs.public_ipv6 == identity.public_ipv6
-        }
-    }
-
     /// An operation has come to its end.
     fn handle_answer(&mut self, answer: Answer, now: Now) {
         self.unary.busy = false;
@@ -450,180 +317,6 @@ impl Etcd {
             None => self.elsewhere = Some((reason, served)),
             Some((first, true)) => self.bad_config(first, now),
             Some((first, false)) => self.bad_config(if served { reason } else { first }, now),
-        }
-    }
-
-    fn handle_listed(&mut self, cursor: u64, now: Now) {
-        self.cursor = Some(cursor);
-        let listing = std::mem::take(&mut self.reading);
-        self.relist = false;
-        let Some(own) = &mut self.own else {
-            let mine = listing.mine.first().and_then(|(subnets, _)| {
-                listing.leases.iter().find(|lease| lease.subnets == *subnets)
-            });
-            let found = mine.map(|lease| Box::new(lease.clone()));
-            self.listing = Some(listing);
-            if !std::mem::replace(&mut self.found_said, true) {
-                self.events.push_back(StoreEvent::Found(found));
-            }
-            return;
-        };
-        let row = listing.own.clone();
-        self.events.push_back(StoreEvent::Snapshot(listing.leases));
-        match row {
-            Some(row) if row.revision == own.revision => {}
-            Some(row) => self.check_own = Some(row.revision),
-            None => self.handle_checked(None, now),
-        }
-    }
-
-    /// Everything that was created between our list and our lease is known.
-    fn handle_confirmation(&mut self) {
-        let Some(own) = &self.own else { return };
-        let ours = &own.lease.lease;
-        let older = std::mem::take(&mut self.reading).leases.into_iter().find(|lease| {
-            lease.subnets != ours.subnets
-                && lease.created < ours.created
-                && overlap(&lease.subnets, &ours.subnets)
-        });
-        match older {
-            Some(older) => {
-                info!(
-                    "{} was taken at the same time, and before our {}",
-                    older.subnets, ours.subnets
-                );
-                self.yielding = true;
-            }
-            None => self.acquired(),
-        }
-    }
-
-    /// The lease is in the store.
-    fn hold(
-        &mut self,
-        subnets: Subnets,
-        created: u64,
-        revision: u64,
-        reserved: bool,
-        ttl: Option<Duration>,
-        now: Now,
-    ) {
-        let Some(attrs) = self.attrs.clone() else { return };
-        let value = value::format(&attrs);
-        let lease = OwnLease { lease: Lease { subnets, attrs, created }, expiry: None };
-        let key = key::format(&subnets);
-        let unconfirmed = created == revision;
-        let fight = Backoff::new(FIGHT_FIRST, FIGHT_CAP, self.random());
-        self.own = Some(Own {
-            lease,
-            key,
-            revision,
-            reserved,
-            renew_at: None,
-            value,
-            fight,
-            hold_until: None,
-            unconfirmed,
-        });
-        self.set_ttl(ttl, true, now);
-    }
-
-    /// `granted` says that the time to live begins now, and is not what is left of it.
-    fn set_ttl(&mut self, ttl: Option<Duration>, granted: bool, now: Now) {
-        let Some(own) = &mut self.own else { return };
-        own.lease.expiry = ttl.map(|ttl| now.wall + ttl);
-        // a server that grants less than the margin must not be asked for ever
-        let shortest = |ttl: Duration| if granted { ttl / 2 } else { Duration::ZERO };
-        own.renew_at = ttl.map(|ttl| {
-            now.mono + ttl.checked_sub(self.renew_margin).unwrap_or_else(|| shortest(ttl))
-        });
-        own.reserved = ttl.is_none();
-    }
-
-    fn extend(&mut self, ttl: Option<Duration>, granted: bool, now: Now) {
-        self.set_ttl(ttl, granted, now);
-        if let Some(own) = &self.own {
-            self.events.push_back(StoreEvent::Renewed(Box::new(own.lease.clone())));
-        }
-    }
-
-    /// Our lease is certain: passes on all that is known.
-    fn acquired(&mut self) {
-        let Some(own) = &mut self.own else { return };
-        own.unconfirmed = false;
-        self.full = false;
-        self.events.push_back(StoreEvent::Acquired(Box::new(own.lease.clone())));
-        if let Some(listing) = self.listing.take() {
-            self.events.push_back(StoreEvent::Snapshot(listing.leases));
-        }
-    }
-
-    /// What our key holds now.
-    fn handle_checked(&mut self, row: Option<Row>, now: Now) {
-        self.check_own = None;
-        self.watch_broken = false;
-        let Some(row) = row else { return self.lose("it is gone from the store".into()) };
-        let attrs = value::parse(&row.value);
-        let mine = attrs.as_ref().is_ok_and(|attrs| self.is_mine(attrs));
-        let Some(own) = &mut self.own else { return };
-        if row.revision != own.revision && row.value != own.value {
-            // the first time may be a mistake; what happens again and again is another host with our address
-            let first = own.fight.failures() == 0;
-            let wait = own.fight.failed();
-            own.hold_until = (!first).then_some(now.mono + wait);
-            if own.fight.failures() == 2 {
-                self.events.push_back(StoreEvent::Trouble(format!(
-                    "something else writes our lease {}: does another host have our public address?",
-                    own.lease.lease.subnets
-                )));
-            }
-        }
-        match attrs {
-            Ok(_) if mine => {
-                if row.revision < own.revision {
-                    // the store was set back: to what, a list tells
-                    self.relist = true;
-                    self.cursor = None;
-                }
-                let unchanged = row.revision == own.revision;
-                (own.revision, own.value) = (row.revision, row.value);
-                let ttl = if row.reserved { None } else { Some(row.ttl.unwrap_or_default()) };
-                if unchanged {
-                    self.set_ttl(ttl, false, now);
-                } else {
-                    self.extend(ttl, false, now);
-                }
-            }
-            Ok(attrs) => {
-                let other = attrs
-                    .public_ip
-                    .map(|ip| ip.to_string())
-                    .or(attrs.public_ipv6.map(|ip| ip.to_string()));
-                self.lose(format!(
-                    "it belongs to {} now",
-                    other.unwrap_or_else(|| "another host".into())
-                ));
-            }
-            // somebody wrote rubbish over our lease: it is still our key, and we write it anew
-            Err(_) => {
-                own.revision = row.revision;
-                own.value = row.value;
-            }
-        }
-    }
-
-    fn lose(&mut self, reason: String) {
-        let Some(own) = self.own.take() else { return };
-        self.listing = None;
-        if let Some(identity) = &mut self.identity {
-            identity.previous = own.lease.lease.subnets;
-        }
-        self.stop_watch();
-        self.cursor = None;
-        self.check_own = None;
-        self.watch_broken = false;
-        if !own.unconfirmed {
-            self.events.push_back(StoreEvent::Lost(reason));
         }
     }
 
