@@ -60,6 +60,8 @@ pub(super) struct Network {
     file_retry_at: Option<Instant>,
     save_at: Option<Instant>,
     save_failed: bool,
+    /// The budget of the last turn ran out.
+    more: bool,
 }
 
 impl Network {
@@ -86,6 +88,7 @@ impl Network {
             file_retry_at: None,
             save_at: None,
             save_failed: false,
+            more: false,
         }
     }
 
@@ -135,6 +138,7 @@ impl Network {
                 store.handle_http(lane, event, now)
             });
         }
+        self.more = true;
         for _ in 0..BUDGET {
             while let Some(request) = self.store.poll_request(now) {
                 stirred = true;
@@ -145,7 +149,10 @@ impl Network {
                     StoreRequest::Cancel(lane) => self.client.cancel(lane, registry),
                 }
             }
-            let Some(event) = self.store.poll_event() else { break };
+            let Some(event) = self.store.poll_event() else {
+                self.more = false;
+                break;
+            };
             stirred = true;
             self.handle_store_event(event, registry, now)?;
         }
@@ -171,6 +178,7 @@ impl Network {
     /// When [`Network::turn`] wants to be called next, if nothing happens.
     pub(super) fn poll_timeout(&self, now: Instant) -> Option<Instant> {
         [
+            self.more.then_some(now),
             self.client.poll_timeout(),
             self.store.poll_timeout(),
             self.offline_at,
@@ -231,7 +239,9 @@ impl Network {
                 Ok(())
             }
             StoreEvent::Trouble(reason) => {
-                warn!("{reason}; the data plane stays as it is, trying again");
+                let meanwhile =
+                    if self.own.is_some() { "; the data plane stays as it is" } else { "" };
+                warn!("{reason}{meanwhile}; trying again");
                 // the view need not wait for the full patience when the store says no at once
                 self.offline_at = self.offline_at.map(|at| at.min(now.mono));
                 Ok(())

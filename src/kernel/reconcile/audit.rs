@@ -13,6 +13,9 @@ use crate::kernel::message::{DONE, ERROR, Message, flag, outcome};
 use crate::kernel::object::{Address, IfName, Link, LinkKind, Object};
 use crate::kernel::seen::{Seen, decode};
 
+/// So often an audit lists again what changed while it was listed; then it comes back later.
+const INTERRUPTIONS: u8 = 10;
+
 impl Reconciler {
     /// Returns whether the list is over.
     pub(super) fn list_reply(
@@ -36,7 +39,8 @@ impl Reconciler {
                     "listing {dump:?} again: {}",
                     if code == 0 { "it changed meanwhile".into() } else { errno(code) }
                 );
-                if code == 0 && audit.len() < 64 {
+                self.interruptions += 1;
+                if code == 0 && self.interruptions < INTERRUPTIONS {
                     audit.push_back(dump);
                 } else {
                     self.audit = None;

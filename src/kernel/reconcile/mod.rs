@@ -150,6 +150,8 @@ pub struct Reconciler {
     job: Option<(Job, Instant)>,
     /// Lists that the audit under way still needs; `None` when no audit is under way.
     audit: Option<VecDeque<Dump>>,
+    /// Lists of this audit that changed while they were read.
+    interruptions: u8,
     /// Number of the last audit.
     epoch: u32,
     audit_now: bool,
@@ -177,6 +179,7 @@ impl Reconciler {
             sequence: 0,
             job: None,
             audit: None,
+            interruptions: 0,
             epoch: 1,
             audit_now: false,
             audit_at: now + AUDIT,
@@ -374,6 +377,7 @@ impl Reconciler {
         if std::mem::take(&mut self.audit_now) {
             self.epoch = self.epoch.wrapping_add(1);
             self.audit = Some(VecDeque::new());
+            self.interruptions = 0;
             return Some(self.list(Dump::Links));
         }
         self.write_batch(now)
