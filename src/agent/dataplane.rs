@@ -332,15 +332,10 @@ impl Dataplane {
                 );
             }
             KernelEvent::PathChanged(ip) => {
-                let peers = self.watched.get(&ip).cloned().unwrap_or_default();
-                let leases: Vec<Lease> = self
-                    .peers
-                    .believed()
-                    .filter(|lease| peers.contains(&lease.subnets))
-                    .cloned()
-                    .collect();
-                for lease in leases {
-                    self.plan(&lease, now);
+                for peer in self.watched.get(&ip).cloned().unwrap_or_default() {
+                    if let Some(lease) = self.peers.get(&peer) {
+                        self.plan(&lease, now);
+                    }
                 }
             }
         }

@@ -113,7 +113,7 @@ impl LeaseTable {
 
     /// Believed peers.
     pub fn len(&self) -> usize {
-        self.rows.values().filter(|row| row.refused.is_none()).count()
+        self.believed().count()
     }
 
     /// Is nobody believed?
@@ -129,6 +129,11 @@ impl LeaseTable {
     /// Believed peers' leases.
     pub fn believed(&self) -> impl Iterator<Item = &Lease> {
         self.rows.values().filter(|row| row.refused.is_none()).map(|row| &*row.lease)
+    }
+
+    /// The lease of one believed peer.
+    pub fn get(&self, peer: &Subnets) -> Option<Rc<Lease>> {
+        self.rows.get(peer).filter(|row| row.refused.is_none()).map(|row| Rc::clone(&row.lease))
     }
 
     /// Leases that are not believed, and why.
