@@ -376,6 +376,22 @@ fn an_incompatible_device_is_made_anew_once_and_a_foreign_one_is_named() {
 }
 
 #[test]
+fn a_device_of_another_kind_is_replaced() {
+    host();
+    run("ip link add flannel.1 type bridge");
+    let mut life = Life::begin();
+    life.declare(2);
+    life.settle();
+    assert_eq!(life.kernel.missing(), 0, "{:?}", life.events);
+    assert!(
+        matches!(&life.events[..], [KernelEvent::Remade { reason, .. }] if reason.contains("bridge")),
+        "{:?}",
+        life.events
+    );
+    assert!(run("ip -d link show flannel.1").contains("vxlan id 1"));
+}
+
+#[test]
 fn a_refused_route_harms_nobody_and_works_when_it_can() {
     let mut life = programmed(1);
     let dst = "10.5.9.0/24".parse().unwrap();

@@ -106,7 +106,7 @@ pub fn run(settings: Settings, notify_socket: Option<OsString>) -> Result<(), Fa
                     info!("{name}: leaving; devices, routes, lease and files stay as they are");
                     // a second signal ends the process at once
                     signals.release().map_err(fatal("release signals"))?;
-                    network.stop();
+                    network.stop(now.mono);
                     return Ok(());
                 }
             } else if let Some(health) = health.as_mut().filter(|health| health.owns(token)) {

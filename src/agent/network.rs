@@ -33,6 +33,8 @@ use crate::view::{self, View};
 const PATIENCE: Duration = Duration::from_secs(3);
 /// The view is saved this long after a change, so that a burst of changes is one write.
 const SAVE_DELAY: Duration = Duration::from_secs(5);
+/// A view that could not be saved is tried again after this.
+const SAVE_RETRY: Duration = Duration::from_secs(60);
 /// A subnet file that could not be written is tried again after this.
 const FILE_RETRY: Duration = Duration::from_secs(10);
 /// Store events handled in one turn, at most.
@@ -161,10 +163,11 @@ impl Network {
             self.join_offline(registry, now)?;
         }
         if self.file_retry_at.is_some_and(|at| at <= now.mono) {
+            stirred = true;
             self.write_file(now);
         }
         if self.save_at.is_some_and(|at| at <= now.mono) {
-            self.save();
+            self.save(now.mono);
         }
         if let Some(dataplane) = &mut self.dataplane {
             stirred |= dataplane.turn(registry, now.mono)?;
@@ -192,9 +195,9 @@ impl Network {
     }
 
     /// The process ends: everything stays as it is, for the next life.
-    pub(super) fn stop(&mut self) {
+    pub(super) fn stop(&mut self, now: Instant) {
         if self.save_at.is_some() {
-            self.save();
+            self.save(now);
         }
     }
 
@@ -308,7 +311,15 @@ impl Network {
     ) -> Result<(), Fatal> {
         if let Some((config, underlay, inventory)) = self.joining.take() {
             let saved = self.saved.as_ref().map(|view| view.own.attrs.clone());
-            let dataplane = open(config, underlay, &inventory, published.or(saved), registry, now)?;
+            // Our old lease, which carries our old address, is still there for a day, and its MAC with it: peers would go on
+            // sending to the old address.
+            let moved = published.is_none()
+                && saved.as_ref().is_some_and(|saved| {
+                    (saved.public_ip, saved.public_ipv6) != (underlay.public_v4, underlay.public_v6)
+                });
+            let (known, inventory) =
+                if moved { (None, Inventory::default()) } else { (published.or(saved), inventory) };
+            let dataplane = open(config, underlay, &inventory, known, registry, now)?;
             self.dataplane = Some(dataplane);
         }
         if let Some(dataplane) = &self.dataplane {
@@ -397,7 +408,7 @@ impl Network {
         self.save_at.get_or_insert(now.mono + SAVE_DELAY);
     }
 
-    fn save(&mut self) {
+    fn save(&mut self, now: Instant) {
         self.save_at = None;
         let (Some(dataplane), Some(own)) = (&self.dataplane, &self.own) else { return };
         let peers: Vec<&Lease> = dataplane.leases().collect();
@@ -411,6 +422,7 @@ impl Network {
         match saved {
             Ok(()) => self.save_failed = false,
             Err(error) => {
+                self.save_at = Some(now + SAVE_RETRY);
                 if !std::mem::replace(&mut self.save_failed, true) {
                     warn!(
                         "{error}: without a saved view this host cannot come up while the store is away (see -data-dir)"

@@ -18,6 +18,8 @@ use super::tls::{Tls, TlsSettings, Transport};
 use super::{HttpEvent, Request};
 use crate::store::Lane;
 
+/// How long a name may take to be resolved: glibc gives each name server five seconds.
+const RESOLVE: Duration = Duration::from_secs(30);
 /// How long one address may take to connect while there are others to try.
 const CONNECT: Duration = Duration::from_secs(3);
 /// How long connecting may take at all when the request has no deadline of its own.
@@ -61,9 +63,10 @@ enum State {
         reason: String,
         since: Instant,
     },
+    /// The request's own limits begin when its name is known: a resolver may take longer than they allow.
     Resolving {
         request: Request,
-        limits: Limits,
+        until: Instant,
         ticket: u64,
     },
     Busy(Box<Busy>),
@@ -148,7 +151,7 @@ impl Client {
                 self.opened += 1;
                 let ticket = self.opened as u64;
                 slot.state = match self.resolver.ask(ticket, &name, endpoint.port) {
-                    Ok(()) => State::Resolving { request, limits, ticket },
+                    Ok(()) => State::Resolving { request, until: now + RESOLVE, ticket },
                     Err(reason) => State::Failed { reason, since: now },
                 };
             }
@@ -220,7 +223,8 @@ impl Client {
             for lane in [Lane::Unary, Lane::Watch] {
                 let state = &mut self.lanes[index(lane)].state;
                 match std::mem::take(state) {
-                    State::Resolving { request, limits, ticket } if ticket == answer.ticket => {
+                    State::Resolving { request, ticket, .. } if ticket == answer.ticket => {
+                        let limits = Limits::new(&request, now);
                         match &answer.addresses {
                             Ok(found) => self.connect(
                                 lane,
@@ -246,7 +250,7 @@ impl Client {
         let due = |slot: &Slot| match &slot.state {
             State::Free | State::Kept { .. } => None,
             State::Failed { since, .. } => Some(*since),
-            State::Resolving { limits, .. } => limits.next(),
+            State::Resolving { until, .. } => Some(*until),
             State::Busy(busy) => {
                 busy.limits.next().into_iter().chain(busy.connect_by).chain(busy.more_since).min()
             }
@@ -264,8 +268,8 @@ impl Client {
                     let reason = std::mem::take(reason);
                     self.fail(lane, None, &reason, registry, sink);
                 }
-                State::Resolving { limits, request, .. } => {
-                    if limits.passed(now).is_some() {
+                State::Resolving { until, request, .. } => {
+                    if *until <= now {
                         let endpoint = request.endpoint;
                         self.fail(
                             lane,

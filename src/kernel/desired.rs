@@ -138,6 +138,13 @@ impl Desired {
             MapEntry::Occupied(occupied) => occupied.into_mut(),
         };
         if entry.object == object {
+            // it may have wanted something else before
+            if let Some(losers) = self.losers.get_mut(&key) {
+                losers.retain(|(loser, _)| *loser != owner);
+                if losers.is_empty() {
+                    self.losers.remove(&key);
+                }
+            }
             if entry.holder != owner {
                 let sharers = self.sharers.entry(key).or_default();
                 if !sharers.contains(&owner) {
@@ -415,6 +422,19 @@ mod tests {
         assert_eq!(desired.withdraw(a), []);
         assert_eq!(desired.get(&first.key()).unwrap().object, second);
         assert_eq!(desired.withdraw(b), [second]);
+    }
+
+    #[test]
+    fn a_loser_that_comes_round_leaves_like_everybody() {
+        let mut desired = Desired::default();
+        let (a, b) = (peer("10.0.1.0/24"), peer("10.0.2.0/24"));
+        let (first, second) =
+            (route("10.0.9.0/24", "192.0.2.1"), route("10.0.9.0/24", "192.0.2.2"));
+        declare(&mut desired, a, std::slice::from_ref(&first));
+        declare(&mut desired, b, std::slice::from_ref(&second));
+        declare(&mut desired, b, std::slice::from_ref(&first));
+        assert_eq!(desired.withdraw(b), []);
+        assert_eq!(desired.withdraw(a), [first]);
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! Moves bytes between a [`Reconciler`] and the kernel.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::path::Path;
@@ -22,6 +23,8 @@ pub struct Port {
     requests: Netlink,
     notices: Netlink,
     buffer: Vec<u8>,
+    /// Settings that could not be made; said once each.
+    refused: BTreeSet<Box<str>>,
 }
 
 impl Port {
@@ -31,7 +34,12 @@ impl Port {
     /// As `socket(2)`.
     pub fn open() -> io::Result<Self> {
         let notices = Netlink::notices()?;
-        Ok(Self { requests: Netlink::requests()?, notices, buffer: vec![0; DATAGRAM] })
+        Ok(Self {
+            requests: Netlink::requests()?,
+            notices,
+            buffer: vec![0; DATAGRAM],
+            refused: BTreeSet::new(),
+        })
     }
 
     /// What marks notifications of our own doings; see [`super::Scope::port`].
@@ -88,36 +96,39 @@ impl Port {
                 Received::Nothing => {}
             }
             let Some(datagram) = reconciler.poll_transmit(now) else {
-                apply_sysctls(reconciler);
+                self.apply_sysctls(reconciler);
                 return Ok(more);
             };
             if let Err(error) = self.requests.send(datagram) {
                 debug!("netlink request: {error}");
                 reconciler.handle_lost_replies(now);
-                apply_sysctls(reconciler);
+                self.apply_sysctls(reconciler);
                 return Ok(more);
             }
-            apply_sysctls(reconciler);
+            self.apply_sysctls(reconciler);
         }
         Ok(true)
     }
-}
 
-/// A kernel setting that cannot be had is worth a warning, not more: the system may forbid it for good reasons.
-fn apply_sysctls(reconciler: &mut Reconciler) {
-    while let Some((path, value)) = reconciler.poll_sysctl() {
-        let file = Path::new("/proc/sys").join(&*path);
-        let result = match fs::read_to_string(&file) {
-            Ok(current) if current.trim_end() == &*value => continue,
-            Ok(_) => fs::write(&file, value.as_bytes()),
-            Err(error) => Err(error),
-        };
-        match result {
-            Ok(()) => debug!("sysctl {path} = {value}"),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                debug!("sysctl {path}: {error}")
+    /// A kernel setting that cannot be had is worth a warning, not more: the system may forbid it for good reasons.
+    fn apply_sysctls(&mut self, reconciler: &mut Reconciler) {
+        while let Some((path, value)) = reconciler.poll_sysctl() {
+            let file = Path::new("/proc/sys").join(&*path);
+            let result = match fs::read_to_string(&file) {
+                Ok(current) if current.trim_end() == &*value => continue,
+                Ok(_) => fs::write(&file, value.as_bytes()),
+                Err(error) => Err(error),
+            };
+            match result {
+                Ok(()) => debug!("sysctl {path} = {value}"),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                    debug!("sysctl {path}: {error}")
+                }
+                Err(error) if self.refused.insert(path.clone()) => {
+                    warn!("sysctl {path} = {value}: {error}; set it on the host");
+                }
+                Err(_) => {}
             }
-            Err(error) => warn!("sysctl {path} = {value}: {error}; set it on the host"),
         }
     }
 }

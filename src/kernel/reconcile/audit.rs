@@ -140,6 +140,14 @@ impl Reconciler {
         }
         if self.audit.as_ref().is_some_and(VecDeque::is_empty) {
             self.audit = None;
+            // what no list shows is not there: the entries of a device that is none of ours yet
+            let epoch = self.epoch;
+            for key in self
+                .desired
+                .keys_where(|entry| entry.state == State::Unknown && entry.epoch != epoch)
+            {
+                self.desired.set(&key, State::Wanted);
+            }
             // what was declared meanwhile
             self.audit_now |= self.desired.has_unknown();
             let spread = Duration::from_secs(self.scope.seed % 13);

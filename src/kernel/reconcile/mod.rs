@@ -156,6 +156,8 @@ pub struct Reconciler {
     epoch: u32,
     audit_now: bool,
     audit_at: Instant,
+    /// When the fights of the past are forgiven.
+    calm_at: Instant,
     stir_at: Option<Instant>,
     /// Links must be listed: at the start, and to learn the index of a new device.
     list_links: bool,
@@ -183,6 +185,7 @@ impl Reconciler {
             epoch: 1,
             audit_now: false,
             audit_at: now + AUDIT,
+            calm_at: now + AUDIT,
             stir_at: None,
             list_links: true,
             swept: false,
@@ -299,7 +302,7 @@ impl Reconciler {
     /// When [`Reconciler::handle_timeout`] wants to be called next.
     pub fn poll_timeout(&self) -> Option<Instant> {
         let job = self.job.as_ref().map(|(_, deadline)| *deadline);
-        [job, Some(self.audit_at), self.stir_at, self.desired.next_retry()]
+        [job, Some(self.audit_at), Some(self.calm_at), self.stir_at, self.desired.next_retry()]
             .into_iter()
             .flatten()
             .min()
@@ -317,8 +320,11 @@ impl Reconciler {
         }
         if self.audit_at <= now {
             self.audit_at = now + AUDIT;
-            self.desired.calm();
             self.audit_now = true;
+        }
+        if self.calm_at <= now {
+            self.calm_at = now + AUDIT;
+            self.desired.calm();
         }
         self.desired.retry(now);
     }

@@ -37,7 +37,12 @@ impl Reconciler {
     pub(super) fn noticed(&mut self, seen: &Seen, deleted: bool, now: Instant) {
         match seen {
             // routes go with the addresses that they depend on, untold
-            Seen::Address(_) => self.stir(now, STIR),
+            Seen::Address(address) => {
+                let link = self.links.at(address.index).map(|link| link.name);
+                if link.is_some_and(|link| self.concerns_us(link)) {
+                    self.stir(now, STIR);
+                }
+            }
             Seen::Route(route) if route.protocol != PROTOCOL && !self.paths.is_empty() => {
                 self.stir(now, STIR_ROUTES)
             }

@@ -54,7 +54,8 @@ pub(super) enum Answer {
     Listed {
         cursor: u64,
     },
-    Row(Option<Row>),
+    /// What the key holds, and the store's revision when it was read.
+    Row(Option<Row>, u64),
     /// Created or rewritten: with this revision and time to live.
     Written {
         revision: u64,

@@ -95,6 +95,10 @@ impl Etcd {
             let mine = listing.mine.first().and_then(|(subnets, _)| {
                 listing.leases.iter().find(|lease| lease.subnets == *subnets)
             });
+            // while a lost lease is replaced the peers are followed by lists
+            if self.acquired_once {
+                self.events.push_back(StoreEvent::Snapshot(listing.leases.clone()));
+            }
             let found = mine.map(|lease| Box::new(lease.clone()));
             self.listing = Some(listing);
             if !std::mem::replace(&mut self.found_said, true) {
@@ -106,7 +110,7 @@ impl Etcd {
         self.events.push_back(StoreEvent::Snapshot(listing.leases));
         match row {
             Some(row) if row.revision == own.revision => {}
-            Some(row) => self.check_own = Some(row.revision),
+            Some(_) => self.check_own = Some(u64::MAX),
             None => self.handle_checked(None, now),
         }
     }

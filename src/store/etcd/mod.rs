@@ -113,6 +113,7 @@ pub struct Etcd {
     /// Being read.
     reading: Listing,
     found_said: bool,
+    acquired_once: bool,
     own: Option<Own>,
     /// Our key was seen with this revision, and that was not our doing.
     check_own: Option<u64>,
@@ -167,6 +168,7 @@ impl Etcd {
             listing: None,
             reading: Listing::default(),
             found_said: false,
+            acquired_once: false,
             own: None,
             check_own: None,
             watch_broken: false,
@@ -236,7 +238,10 @@ impl Etcd {
     fn handle_answer(&mut self, answer: Answer, now: Now) {
         self.unary.busy = false;
         let Some(task) = self.task.take() else { return };
-        if task != Task::Config {
+        // A list that can be read does not say that a lease can be taken. A config is judged by its content, and a race is
+        // no success.
+        let says_little = task == Task::Config || task == Task::List && self.own.is_none();
+        if !says_little && answer != Answer::Conflict {
             self.worked();
         }
         match (task, answer) {
@@ -261,13 +266,31 @@ impl Etcd {
                 self.extend(ttl, true, now);
             }
             (Task::Renew, Answer::Conflict) => self.check_own = Some(u64::MAX),
-            (Task::Check, Answer::Row(row)) => self.handle_checked(row, now),
+            (Task::Check, Answer::Row(row, store)) => {
+                // a store that was set back: what happened since then did not happen
+                if self.cursor.is_some_and(|cursor| store < cursor) {
+                    self.relist = true;
+                    self.cursor = None;
+                }
+                self.handle_checked(row, now);
+            }
             (Task::Yield, _) => {
                 self.yielding = false;
                 self.lose("an older lease overlaps it".into());
             }
             // the list is out of date
-            (Task::Create(_) | Task::Reuse(..) | Task::Discard, _) => self.listing = None,
+            (task @ (Task::Create(_) | Task::Reuse(..) | Task::Discard), answer) => {
+                self.listing = None;
+                if answer == Answer::Conflict {
+                    self.unary.not_before = Some(now.mono + self.unary.backoff.failed());
+                }
+                // somebody has it, perhaps under a name that says nothing to us
+                if let (Task::Create(subnets), Some(identity)) = (task, &mut self.identity) {
+                    if identity.previous == subnets {
+                        identity.previous = Subnets::default();
+                    }
+                }
+            }
             (task, answer) => debug!("{task:?} was answered with {answer:?}"),
         }
     }
@@ -311,12 +334,22 @@ impl Etcd {
     /// This language has no config for us: looks into the other one at once; when neither has one, waits. `served` says that
     /// the server speaks the language, so that its answer tells more than the other's.
     fn config_elsewhere(&mut self, reason: String, served: bool, now: Now) {
-        let Some(other) = &mut self.alternative else { return self.bad_config(reason, now) };
+        let Some(other) = &mut self.alternative else {
+            if !served {
+                self.next_endpoint();
+            }
+            return self.bad_config(reason, now);
+        };
         std::mem::swap(other, &mut self.dialect);
         match self.elsewhere.take() {
             None => self.elsewhere = Some((reason, served)),
             Some((first, true)) => self.bad_config(first, now),
-            Some((first, false)) => self.bad_config(if served { reason } else { first }, now),
+            Some((_, false)) if served => self.bad_config(reason, now),
+            Some((first, false)) => {
+                // whatever answers there, it is no etcd
+                self.next_endpoint();
+                self.bad_config(first, now);
+            }
         }
     }
 

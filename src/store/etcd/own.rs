@@ -146,6 +146,7 @@ impl Etcd {
         let Some(own) = &mut self.own else { return };
         own.unconfirmed = false;
         self.full = false;
+        self.acquired_once = true;
         self.events.push_back(StoreEvent::Acquired(Box::new(own.lease.clone())));
         if let Some(listing) = self.listing.take() {
             self.events.push_back(StoreEvent::Snapshot(listing.leases));
@@ -174,11 +175,6 @@ impl Etcd {
         }
         match attrs {
             Ok(_) if mine => {
-                if row.revision < own.revision {
-                    // the store was set back: to what, a list tells
-                    self.relist = true;
-                    self.cursor = None;
-                }
                 let unchanged = row.revision == own.revision;
                 (own.revision, own.value) = (row.revision, row.value);
                 let ttl = if row.reserved { None } else { Some(row.ttl.unwrap_or_default()) };

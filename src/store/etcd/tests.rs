@@ -36,6 +36,9 @@ struct Server {
     history: Vec<(u64, Value)>,
     compacted: u64,
     writes: u64,
+    requests: u64,
+    /// The disk is full, or we may only read.
+    read_only: bool,
 }
 
 fn number(value: &Value) -> u64 {
@@ -113,6 +116,13 @@ impl Server {
     fn answer(&mut self, path: &str, body: &[u8], now: Instant) -> (u16, Value) {
         let body: Value = serde_json::from_slice(body).unwrap();
         let header = self.header();
+        self.requests += 1;
+        if self.read_only && path == "/v3/kv/txn" {
+            return (
+                429,
+                json!({"code": 8, "message": "etcdserver: mvcc: database space exceeded"}),
+            );
+        }
         let reply = match path {
             "/v3/kv/range" => {
                 let newest = number(&body["min_create_revision"]);
@@ -141,13 +151,15 @@ impl Server {
                 json!({"header": header, "TTL": ttl})
             }
             "/v3/kv/txn" => {
-                let compare = &body["compare"][0];
-                let holds = match compare["target"].as_str() {
-                    Some("VERSION") => self.in_range(compare).next().is_none(),
-                    _ => self
-                        .in_range(compare)
-                        .any(|(_, kv)| kv.modified == number(&compare["mod_revision"])),
-                };
+                let holds =
+                    body["compare"].as_array().unwrap().iter().all(
+                        |compare| match compare["target"].as_str() {
+                            Some("VERSION") => self.in_range(compare).next().is_none(),
+                            _ => self
+                                .in_range(compare)
+                                .any(|(_, kv)| kv.modified == number(&compare["mod_revision"])),
+                        },
+                    );
                 if !holds {
                     return (200, json!({"header": header}));
                 }
@@ -676,4 +688,35 @@ fn answers_with_wrong_bytes_are_survived() {
             assert!(host.store.in_sync(), "seed {seed}, {}: {:?}", host.ip, host.events);
         }
     }
+}
+
+#[test]
+fn a_store_that_can_only_be_read_is_told_once_and_not_hammered() {
+    let mut world = World::new(1, 0, 17);
+    world.server.read_only = true;
+    world.run(2000); // five minutes
+    let host = &world.hosts[0];
+    assert_eq!((host.count("Trouble"), host.count("Recovered")), (1, 0), "{:?}", host.events);
+    assert!(world.server.requests < 600, "{} requests", world.server.requests);
+    assert_eq!(world.server.leases.len(), 0, "what was granted in vain is given back");
+    world.server.read_only = false;
+    world.run(100);
+    world.assert_settled();
+}
+
+/// A key that begins like one of a subnet does not keep us from the subnet, and does not make us try for ever.
+#[test]
+fn keys_that_look_like_a_subnet_block_nothing() {
+    let mut world = World::new(1, 0, 19);
+    for number in 1..=6 {
+        world.server.put(&format!("/coreos.com/network/subnets/10.5.{number}.0-24.bak"), "{}", 0);
+        world.server.put(&format!("/coreos.com/network/subnets/10.5.{number}.0-24/x"), "{}", 0);
+    }
+    world.server.put("/coreos.com/network/subnets/10.5.6.0-24&rubbish", "{}", 0);
+    world.run(60);
+    assert!(
+        world.hosts[0].holds.as_ref().is_some_and(|key| key != "10.5.6.0-24"),
+        "{:?}",
+        world.hosts[0].events
+    );
 }

@@ -126,7 +126,9 @@ impl V2 {
             (code::NOT_FOUND, Op::List | Op::Since { .. }) => {
                 Step::Answer(Answer::Listed { cursor: reply.index.max(index) })
             }
-            (code::NOT_FOUND, Op::Read { .. }) => Step::Answer(Answer::Row(None)),
+            (code::NOT_FOUND, Op::Read { .. }) => {
+                Step::Answer(Answer::Row(None, reply.index.max(index)))
+            }
             (code::NOT_FOUND | code::COMPARE_FAILED | code::NODE_EXISTS, _) => {
                 Step::Answer(Answer::Conflict)
             }
@@ -240,7 +242,7 @@ impl Dialect for V2 {
         let node = reply.node.unwrap_or_default();
         Step::Answer(match work.op {
             Op::Config => Answer::Config(Some(node.value)),
-            Op::Read { .. } => Answer::Row(node.row(&prefix)),
+            Op::Read { .. } => Answer::Row(node.row(&prefix), work.index),
             Op::Delete { .. } => Answer::Deleted,
             _ => {
                 let revision = node.modified_index;

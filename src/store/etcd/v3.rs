@@ -21,6 +21,7 @@ const PAGE: u64 = 1000;
 /// gRPC status codes that mean something here.
 mod code {
     pub(super) const INVALID_ARGUMENT: i64 = 3;
+    pub(super) const PERMISSION_DENIED: i64 = 7;
     pub(super) const FAILED_PRECONDITION: i64 = 9;
     pub(super) const OUT_OF_RANGE: i64 = 11;
     pub(super) const UNAUTHENTICATED: i64 = 16;
@@ -56,6 +57,8 @@ struct Work {
     /// Revision at which the list is read.
     revision: u64,
     granted: Option<Granted>,
+    /// What the server said to the transaction, while its lease is given back.
+    refusal: Option<Refusal>,
     /// A new token was asked for already.
     renewed_token: bool,
     renamed: bool,
@@ -80,6 +83,8 @@ struct Granted {
 #[derive(Debug)]
 struct Watch {
     status: u16,
+    /// Revision of the last event in the document under way.
+    last: Option<u64>,
     elements: Elements,
     error: Vec<u8>,
     is_open: bool,
@@ -88,7 +93,7 @@ struct Watch {
 impl Watch {
     fn new() -> Self {
         let elements = Elements::new(&["result", "events"], LONGEST_ROW);
-        Self { status: 0, elements, error: Vec::new(), is_open: false }
+        Self { status: 0, last: None, elements, error: Vec::new(), is_open: false }
     }
 }
 
@@ -269,14 +274,25 @@ impl V3 {
         };
         match &work.op {
             Op::Create { key, value } => {
-                let mut compare = json!({"key": full(key), "target": "VERSION", "result": "EQUAL", "version": "0"});
+                let none = |from: &str, end: Option<String>| {
+                    let mut compare = json!({"key": full(from), "target": "VERSION", "result": "EQUAL", "version": "0"});
+                    if let Some(end) = end {
+                        compare["range_end"] = full(&end).into();
+                    }
+                    compare
+                };
                 // no key with this IPv4 subnet may exist, whatever its IPv6 one is
                 let v4 = key.split('&').next().unwrap_or(key);
-                if !v4.starts_with("0.0.0.0-") {
-                    compare["key"] = full(v4).into();
-                    compare["range_end"] = full(&successor(v4)).into();
-                }
-                json!({"compare": [compare], "success": put(key, value)})
+                let compare = if v4.starts_with("0.0.0.0-") {
+                    json!([none(key, None)])
+                } else {
+                    const AFTER_AMPERSAND: char = '\'';
+                    json!([
+                        none(v4, None),
+                        none(&format!("{v4}&"), Some(format!("{v4}{AFTER_AMPERSAND}")))
+                    ])
+                };
+                json!({"compare": compare, "success": put(key, value)})
             }
             Op::Update { key, value, revision, .. } => {
                 json!({"compare": unchanged(key, *revision), "success": put(key, value)})
@@ -333,18 +349,25 @@ impl V3 {
                 self.open = true;
                 self.restart()
             }
-            (code::UNAUTHENTICATED, _) if self.user.is_some() && !work.renewed_token => {
+            // the second one: authentication was switched on, or the user's role was changed
+            (code::UNAUTHENTICATED | code::INVALID_ARGUMENT, _)
+                if self.user.is_some() && !work.renewed_token && stage != Stage::Token =>
+            {
                 work.renewed_token = true;
                 self.token = None;
+                self.open = false;
                 self.restart()
             }
-            (_, Stage::Token) => Step::Refused(Refusal::No(format!(
+            (
+                code::INVALID_ARGUMENT | code::UNAUTHENTICATED | code::PERMISSION_DENIED,
+                Stage::Token,
+            ) => Step::Refused(Refusal::No(format!(
                 "etcd refuses the user of --etcd-username: {message}"
             ))),
             // nothing of value is lost: it runs out by itself
-            (_, Stage::Revoke) => Step::Answer(Answer::Conflict),
+            (_, Stage::Revoke) => self.revoked(),
             (code::OUT_OF_RANGE, _) => Step::Refused(Refusal::Compacted),
-            (code::INVALID_ARGUMENT | code::UNAUTHENTICATED, _) | (7, _) => {
+            (code::INVALID_ARGUMENT | code::UNAUTHENTICATED | code::PERMISSION_DENIED, _) => {
                 Step::Refused(Refusal::No(format!(
                     "etcd refuses: {message}; check --etcd-username, its role on {} and the client certificate",
                     self.prefix
@@ -353,6 +376,14 @@ impl V3 {
             (code, _) => Step::Refused(Refusal::Away(format!(
                 "the server answers {status}, code {code}: {message}"
             ))),
+        }
+    }
+
+    /// The lease that was granted in vain is given back.
+    fn revoked(&mut self) -> Step {
+        match self.work.as_mut().and_then(|work| work.refusal.take()) {
+            Some(refusal) => Step::Refused(refusal),
+            None => Step::Answer(Answer::Conflict),
         }
     }
 
@@ -381,8 +412,11 @@ impl V3 {
                 Step::Answer(Answer::Config(work.row.take().map(|row| row.value)))
             }
             (Stage::Range, Op::Read { .. }) => match (&work.row, work.granted) {
-                (Some(_), Some(_)) => Step::Call(self.enter(Stage::TimeToLive)),
-                _ => Step::Answer(Answer::Row(work.row.take())),
+                (Some(_), Some(_)) => {
+                    work.revision = revision;
+                    Step::Call(self.enter(Stage::TimeToLive))
+                }
+                _ => Step::Answer(Answer::Row(work.row.take(), revision)),
             },
             (Stage::Range, _) => {
                 if work.revision == 0 {
@@ -397,7 +431,7 @@ impl V3 {
                 let ttl = u64::try_from(reply.ttl).unwrap_or(0);
                 let row =
                     work.row.take().map(|row| Row { ttl: Some(Duration::from_secs(ttl)), ..row });
-                Step::Answer(Answer::Row(row))
+                Step::Answer(Answer::Row(row, work.revision))
             }
             (Stage::Grant, _) => {
                 work.granted = Some(Granted { id: reply.id, ttl: reply.ttl.unsigned_abs() });
@@ -411,18 +445,10 @@ impl V3 {
                 Step::Answer(Answer::Written { revision, ttl })
             }
             (Stage::Txn, _) if work.granted.is_some() => Step::Call(self.enter(Stage::Revoke)),
-            (Stage::Txn | Stage::Revoke, _) => Step::Answer(Answer::Conflict),
+            (Stage::Txn, _) => Step::Answer(Answer::Conflict),
+            (Stage::Revoke, _) => self.revoked(),
         }
     }
-}
-
-/// The least text that follows every text which begins with `key`; `key` ends in an ASCII digit.
-fn successor(key: &str) -> String {
-    let mut bytes = key.as_bytes().to_vec();
-    if let Some(last) = bytes.last_mut() {
-        *last += 1;
-    }
-    String::from_utf8(bytes).unwrap_or_default()
 }
 
 impl Dialect for V3 {
@@ -443,6 +469,7 @@ impl Dialect for V3 {
             last: None,
             revision: 0,
             granted: None,
+            refusal: None,
             renewed_token: false,
             renamed: false,
         });
@@ -497,7 +524,16 @@ impl Dialect for V3 {
             return Step::Refused(Refusal::Away("no operation".into()));
         };
         if work.status != 200 {
-            return self.refused();
+            let granted = work.stage == Stage::Txn && work.granted.is_some();
+            return match self.refused() {
+                Step::Refused(refusal) if granted => {
+                    if let Some(work) = &mut self.work {
+                        work.refusal = Some(refusal);
+                    }
+                    Step::Call(self.enter(Stage::Revoke))
+                }
+                step => step,
+            };
         }
         if let Some(broken) = work.broken.take() {
             return Step::Refused(Refusal::Away(broken));
@@ -535,7 +571,7 @@ impl Dialect for V3 {
 
     fn watch_body(&mut self, bytes: &[u8], out: &mut dyn FnMut(Notice)) {
         let prefix = self.subnets();
-        let Watch { status, elements, error, is_open } = &mut self.watch;
+        let Watch { status, last, elements, error, is_open } = &mut self.watch;
         if *status != 200 {
             if error.len() < LONGEST_ANSWER {
                 error.extend_from_slice(bytes);
@@ -546,6 +582,7 @@ impl Dialect for V3 {
         let pushed = elements.push(bytes, &mut |item| match item {
             Item::Element(element) => match serde_json::from_slice::<Event>(element) {
                 Ok(Event { kind, kv }) => {
+                    *last = Some(kv.mod_revision.unsigned_abs());
                     let Some(row) = kv.row(&prefix) else { return };
                     out(if kind == "DELETE" {
                         Notice::Deleted { key: row.key, revision: row.revision }
@@ -569,7 +606,9 @@ impl Dialect for V3 {
                         } else {
                             result.cancel_reason
                         };
-                        drop_token = reason.contains("token") || reason.contains("permission");
+                        drop_token = ["token", "permission", "user name", "auth"]
+                            .iter()
+                            .any(|word| reason.contains(word));
                         let reason = shorten(&reason);
                         out(Notice::Refused(Refusal::Away(format!(
                             "the server ended the watch: {reason}"
@@ -578,9 +617,13 @@ impl Dialect for V3 {
                         if result.created && !std::mem::replace(is_open, true) {
                             out(Notice::Open);
                         }
-                        // the answer that opens a watch names the store's revision, up to which events are still to come
-                        if !result.created && result.header.revision > 0 {
-                            out(Notice::Cursor(result.header.revision.unsigned_abs()));
+                        // The answer that opens a watch names the store's revision, up to which events are still to come;
+                        // so does each part of a long history. Only an answer without events says that all is told.
+                        let told = result.header.revision.unsigned_abs();
+                        match last.take() {
+                            Some(revision) => out(Notice::Cursor(revision)),
+                            None if !result.created && told > 0 => out(Notice::Cursor(told)),
+                            None => {}
                         }
                     }
                 }
