@@ -10,16 +10,16 @@ LIMIT    := 3500000
 help: ## list the goals
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
-demo: deps root ## three hosts join an overlay, drawn in the terminal
+demo: root deps ## three hosts join an overlay, drawn in the terminal
 	cargo build --release --locked
 	cargo build --example demo --locked
 	FLANNELD_UNDER_TEST=target/release/flanneld target/debug/examples/demo
 
-test: deps root ## all tests; installs what it needs; runs as root
+test: root deps ## all tests; installs what it needs; runs as root
 	cargo test --locked
 	cargo test --locked --doc
 
-bench: deps root ## starts and costs at scale
+bench: root deps ## starts and costs at scale
 	cargo bench --locked
 
 lint: ## format, clippy and documentation, as CI checks them
@@ -33,20 +33,21 @@ fmt: ## format the sources
 doc: ## the documentation of the code
 	cargo doc --locked --no-deps --document-private-items
 
-release: deps ## the static binary for hosts: target/$(HOST)/release/flanneld
+release: ## the static binary for hosts; prints where it is
 	RUSTFLAGS="-C target-feature=+crt-static -C link-arg=-Wl,-z,pack-relative-relocs" cargo build --release --locked --target $(HOST)
-	@size=$$(stat -c %s target/$(HOST)/release/flanneld); echo "flanneld: $$size bytes"; \
+	@size=$$(stat -c %s target/$(HOST)/release/flanneld); echo "target/$(HOST)/release/flanneld: $$size bytes"; \
 	test $$size -lt $(LIMIT) || { echo "larger than $(LIMIT) bytes"; exit 1; }
 
 clean: ## remove what was built
 	cargo clean
 
-# Debian's packages, only if something is missing.
+# Debian's packages, only if something is missing. An etcd that comes with them must not go on as a service of this host.
 deps:
 	@missing=; for command in $(COMMANDS); do command -v $$command >/dev/null || missing="$$missing $$command"; done; \
 	if [ -n "$$missing" ]; then \
 	    echo "installing Debian packages, for want of:$$missing"; \
-	    apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends $(PACKAGES); \
+	    apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends $(PACKAGES) && \
+	    case "$$missing" in *" etcd "*|*" etcd") systemctl disable --now etcd >/dev/null 2>&1 || true;; esac; \
 	fi
 
 root:
