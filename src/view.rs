@@ -1,7 +1,6 @@
 //! The last good view, kept on disk: a host that boots without its store comes up from it.
 //!
-//! One file, `view.jsonl`: a header line, then a line a lease. It is written and read line by line, so 5,000 leases are never
-//! one big text. It holds nothing secret, but only root needs it.
+//! One file, `view.jsonl`: a header line, then a line a lease. It holds nothing secret, but only root needs it.
 
 use std::fs;
 use std::io::{self, BufRead, BufReader, Write};
@@ -100,17 +99,16 @@ fn path(dir: &Path) -> PathBuf {
     dir.join("view.jsonl")
 }
 
-/// Saves a view of the store called `store`. `peers` must give `count` leases.
+/// The file's content: a view of the store called `store`.
 ///
 /// # Errors
-/// The text names the file.
-pub fn save<'a>(
-    dir: &Path,
+/// None that is known of.
+pub fn render<'a>(
     store: &str,
     config: &NetworkConfig,
     own: &Lease,
     peers: impl Iterator<Item = &'a Lease> + Clone,
-) -> io::Result<()> {
+) -> io::Result<Vec<u8>> {
     let header = Header {
         format: FORMAT,
         store: store.to_owned(),
@@ -118,15 +116,22 @@ pub fn save<'a>(
         own: Line::of(own),
         peers: peers.clone().count(),
     };
-    subnet_file::replace(&path(dir), 0o700, 0o600, |file| {
-        serde_json::to_writer(&mut *file, &header)?;
-        file.write_all(b"\n")?;
-        for lease in peers {
-            serde_json::to_writer(&mut *file, &Line::of(lease))?;
-            file.write_all(b"\n")?;
-        }
-        Ok(())
-    })
+    let mut content = Vec::new();
+    serde_json::to_writer(&mut content, &header)?;
+    content.push(b'\n');
+    for lease in peers {
+        serde_json::to_writer(&mut content, &Line::of(lease))?;
+        content.push(b'\n');
+    }
+    Ok(content)
+}
+
+/// Puts the content on the disk.
+///
+/// # Errors
+/// The text names the file.
+pub fn write(dir: &Path, content: &[u8]) -> io::Result<()> {
+    subnet_file::replace(&path(dir), 0o700, 0o600, |file| file.write_all(content))
 }
 
 /// Loads the view of the store called `store`. A file that cannot be used is moved aside, so that somebody can look at it.
@@ -215,7 +220,8 @@ mod tests {
 
     fn saved(dir: &Path) -> Vec<u8> {
         let view = view();
-        save(dir, "etcd /a", &view.config, &view.own, view.peers.iter()).unwrap();
+        let content = render("etcd /a", &view.config, &view.own, view.peers.iter()).unwrap();
+        write(dir, &content).unwrap();
         fs::read(path(dir)).unwrap()
     }
 

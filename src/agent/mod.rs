@@ -6,6 +6,7 @@
 mod clock;
 mod dataplane;
 mod network;
+mod saver;
 mod throttle;
 mod token;
 mod tunnel;

@@ -10,12 +10,14 @@
 //!
 //! When the store does not answer at start, the view saved on disk plays its part until it does.
 
+use std::io;
 use std::time::{Duration, Instant};
 
 use log::{debug, error, info, warn};
 use mio::{Registry, Token};
 
 use super::dataplane::Dataplane;
+use super::saver::Saver;
 use super::{Fatal, token};
 use crate::backend::{self, Memory, Underlay};
 use crate::cli::Settings;
@@ -61,6 +63,7 @@ pub(super) struct Network {
     file_written: bool,
     file_retry_at: Option<Instant>,
     save_at: Option<Instant>,
+    saver: Saver,
     save_failed: bool,
     /// The budget of the last turn ran out.
     more: bool,
@@ -89,6 +92,7 @@ impl Network {
             file_written: false,
             file_retry_at: None,
             save_at: None,
+            saver: Saver::default(),
             save_failed: false,
             more: false,
         }
@@ -166,9 +170,7 @@ impl Network {
             stirred = true;
             self.write_file(now);
         }
-        if self.save_at.is_some_and(|at| at <= now.mono) {
-            self.save(now.mono);
-        }
+        self.save(now.mono);
         if let Some(dataplane) = &mut self.dataplane {
             stirred |= dataplane.turn(registry, now.mono)?;
             if self.file_due && dataplane.host_is_up() {
@@ -186,7 +188,7 @@ impl Network {
             self.store.poll_timeout(),
             self.offline_at,
             self.file_retry_at,
-            self.save_at,
+            if self.saver.is_busy() { self.saver.poll_timeout() } else { self.save_at },
             self.dataplane.as_ref().and_then(|dataplane| dataplane.poll_timeout(now)),
         ]
         .into_iter()
@@ -196,8 +198,13 @@ impl Network {
 
     /// The process ends: everything stays as it is, for the next life.
     pub(super) fn stop(&mut self, now: Instant) {
+        let _ = self.saver.wait();
         if self.save_at.is_some() {
+            self.save_at = Some(now);
             self.save(now);
+        }
+        if let Some(Err(error)) = self.saver.wait() {
+            warn!("{error}");
         }
     }
 
@@ -408,27 +415,35 @@ impl Network {
         self.save_at.get_or_insert(now.mono + SAVE_DELAY);
     }
 
+    /// Begins to save the view, or sees how the last saving went.
     fn save(&mut self, now: Instant) {
+        if let Some(result) = self.saver.poll(now) {
+            self.saved_view(result, now);
+        }
+        if self.saver.is_busy() || self.save_at.is_none_or(|at| at > now) {
+            return;
+        }
         self.save_at = None;
         let (Some(dataplane), Some(own)) = (&self.dataplane, &self.own) else { return };
         let peers: Vec<&Lease> = dataplane.leases().collect();
-        let saved = view::save(
-            &self.settings.data_dir,
-            &self.store.name(),
-            dataplane.config(),
-            &own.lease,
-            peers.iter().copied(),
-        );
-        match saved {
-            Ok(()) => self.save_failed = false,
-            Err(error) => {
-                self.save_at = Some(now + SAVE_RETRY);
-                if !std::mem::replace(&mut self.save_failed, true) {
-                    warn!(
-                        "{error}: without a saved view this host cannot come up while the store is away (see -data-dir)"
-                    );
-                }
-            }
+        let config = dataplane.config();
+        let started = view::render(&self.store.name(), config, &own.lease, peers.iter().copied())
+            .and_then(|content| self.saver.start(self.settings.data_dir.clone(), content, now));
+        if let Err(error) = started {
+            self.saved_view(Err(error), now);
+        }
+    }
+
+    fn saved_view(&mut self, result: io::Result<()>, now: Instant) {
+        let Err(error) = result else {
+            self.save_failed = false;
+            return;
+        };
+        self.save_at.get_or_insert(now + SAVE_RETRY);
+        if !std::mem::replace(&mut self.save_failed, true) {
+            warn!(
+                "{error}: without a saved view this host cannot come up while the store is away (see -data-dir)"
+            );
         }
     }
 }

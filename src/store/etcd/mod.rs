@@ -285,10 +285,10 @@ impl Etcd {
                     self.unary.not_before = Some(now.mono + self.unary.backoff.failed());
                 }
                 // somebody has it, perhaps under a name that says nothing to us
-                if let (Task::Create(subnets), Some(identity)) = (task, &mut self.identity) {
-                    if identity.previous == subnets {
-                        identity.previous = Subnets::default();
-                    }
+                if let (Task::Create(subnets), Some(identity)) = (task, &mut self.identity)
+                    && identity.previous == subnets
+                {
+                    identity.previous = Subnets::default();
                 }
             }
             (task, answer) => debug!("{task:?} was answered with {answer:?}"),
