@@ -285,6 +285,7 @@ fn every_kind_of_damage_is_repaired() {
         "ip route del 10.5.2.0/24",
         "ip route replace 10.5.2.0/24 via 192.0.2.99 dev eth0",
         "ip route flush proto 241",
+        "ip route prepend 10.5.3.0/24 via 192.0.2.99 dev eth0",
         "ip -6 route del fd00:5:0:2::/64",
         "ip -6 route replace fd00:5:0:2::/64 via 2001:db8::99 dev eth0 proto static",
         "ip neigh del 10.5.2.0 dev flannel.1",
@@ -315,6 +316,7 @@ fn every_kind_of_damage_is_repaired() {
             assert!(link.contains(part), "{damage}: {part} in {link}");
         }
     }
+    assert!(!run("ip route").contains("192.0.2.99"));
     assert!(life.healed() > 15, "{:?}", life.events);
 }
 

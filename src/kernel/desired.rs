@@ -59,6 +59,13 @@ pub(super) struct Entry {
     heals: u8,
 }
 
+impl Entry {
+    /// Has the kernel refused it since it was there last?
+    pub(super) fn has_failed(&self) -> bool {
+        self.failures > 0
+    }
+}
+
 /// Two owners want different values of one object. The first one has it.
 #[derive(PartialEq, Eq, Debug)]
 pub(super) struct Clash {

@@ -132,7 +132,7 @@ enum Job {
 #[derive(Debug)]
 enum Item {
     Put(Key),
-    /// Removes a link so that the next item can make it anew.
+    /// Removes what is in the way of the next item.
     Clear,
     Delete(Object),
 }

@@ -41,7 +41,7 @@ impl Reconciler {
     /// Writes the messages that make one object; or notes why it cannot be made now.
     pub(super) fn put(&mut self, key: &Key, items: &mut Vec<Option<Item>>, now: Instant) {
         let Some(entry) = self.desired.get(key) else { return };
-        let object = entry.object.clone();
+        let (object, retried) = (entry.object.clone(), entry.has_failed());
         let link = compare::link_of(&object);
         let index = link.and_then(|link| self.links.index(link));
         if link.is_some() && index.is_none() {
@@ -53,6 +53,12 @@ impl Reconciler {
         }
         if let Object::Link(link) = &object {
             return self.put_link(key, link, items, now);
+        }
+        if let (Object::Route(route), true) = (&object, retried) {
+            // Another route was put in front of ours: while ours is there, too, the kernel does not replace it.
+            let sequence = self.next_sequence();
+            encode::delete_route(&mut self.writer, sequence, route, index);
+            items.push(Some(Item::Clear));
         }
         let sequence = self.next_sequence();
         let index_or_zero = index.unwrap_or(0);
