@@ -1,6 +1,6 @@
 //! The udp backend's data plane with real descriptors: a TUN device and sockets in a network namespace of the test's own.
 //! The other host is a plain socket on another loopback address. Needs root.
-#![allow(unsafe_code)] // an allocator that counts, and unshare(2)
+#![allow(unsafe_code)] // an allocator that counts
 #![allow(clippy::disallowed_methods)] // the tests read the clock
 #![allow(clippy::unwrap_used)] // in the helpers of tests as well
 
@@ -11,6 +11,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use flanneld::forward::{Engine, Outbound, Plane, Reason, Table, Turn};
+use flanneld::sys::netns;
 use flanneld::sys::tun::Tun;
 use flanneld::sys::udp::UdpPort;
 use flanneld::wire::{icmp, ipv4};
@@ -60,14 +61,7 @@ struct Host {
 
 impl Host {
     fn start() -> Self {
-        // SAFETY: no memory is involved; the thread's other tests, if any, run in threads of their own.
-        let unshared = unsafe { libc::unshare(libc::CLONE_NEWNET) };
-        assert_eq!(
-            unshared,
-            0,
-            "a network namespace needs root: {}",
-            std::io::Error::last_os_error()
-        );
+        netns::unshare().expect("root, for a network namespace");
         // Router solicitations on the device would be counted between the packets of the tests.
         std::fs::write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1").unwrap();
         run("ip link set lo up");
