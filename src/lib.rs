@@ -6,11 +6,13 @@
 //!   agent     the one loop: descriptors, clock, deadlines, start-up and shutdown order
 //!     |
 //!     +-- cli, config      what was typed; what the network's document says
+//!     +-- underlay         which interface and addresses carry the overlay
 //!     +-- store            where leases live (etcd v3, etcd v2): decides, asks for HTTP exchanges
 //!     +-- http             non-blocking HTTP/1.1 over mio, TLS included
 //!     +-- backend          which kernel objects a lease needs (vxlan, host-gw, udp, alloc)
 //!     +-- kernel           desired state against actual state, over netlink
-//!     +-- health           /healthz, /readyz
+//!     +-- health, notify   /healthz, /readyz, sd_notify
+//!     +-- subnet_file, view    what is told to others on this host, and to our next life
 //!     |
 //!   lease                  leases, subnet keys, the table of peers and its differences
 //!   forward -> wire        the udp backend's data plane, and the packet headers it reads

@@ -2,6 +2,9 @@
 #![allow(clippy::disallowed_methods)] // the tests read the clock
 #![allow(clippy::unwrap_used)] // in the helpers of tests as well
 
+#[path = "lab/certificates.rs"]
+mod certificates;
+
 use std::fs;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -15,9 +18,6 @@ use flanneld::http::client::Client;
 use flanneld::http::{HttpEvent, Method, Request, TlsSettings};
 use flanneld::store::Lane;
 use mio::{Events, Poll, Token, Waker};
-use rcgen::{
-    BasicConstraints, CertificateParams, CertifiedIssuer, ExtendedKeyUsagePurpose, IsCa, KeyPair,
-};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 
@@ -356,23 +356,7 @@ impl Authority {
     fn new(name: &str) -> Self {
         let dir = std::env::temp_dir().join(format!("flanneld-http-{}-{name}", std::process::id()));
         fs::create_dir_all(&dir).unwrap();
-        let mut params = CertificateParams::new(Vec::<String>::new()).unwrap();
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        let ca = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
-        fs::write(dir.join("ca.pem"), ca.pem()).unwrap();
-        for (name, usage) in [
-            ("server", ExtendedKeyUsagePurpose::ServerAuth),
-            ("client", ExtendedKeyUsagePurpose::ClientAuth),
-        ] {
-            let mut params =
-                CertificateParams::new(vec!["127.0.0.1".to_owned(), "localhost".to_owned()])
-                    .unwrap();
-            params.extended_key_usages = vec![usage];
-            let key = KeyPair::generate().unwrap();
-            fs::write(dir.join(format!("{name}.pem")), params.signed_by(&key, &ca).unwrap().pem())
-                .unwrap();
-            fs::write(dir.join(format!("{name}.key")), key.serialize_pem()).unwrap();
-        }
+        certificates::make(&dir, &["127.0.0.1", "localhost"]);
         Self { dir }
     }
 

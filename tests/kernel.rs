@@ -5,12 +5,14 @@
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use flanneld::cli::settings;
 use flanneld::kernel::{
-    Address, Fdb, IfName, KernelEvent, Link, LinkKind, Mac, Neighbour, Object, Owner, Port,
-    Progress, Reconciler, Route, Scope, Sysctl, Vxlan,
+    Address, Fdb, IfName, Inventory, KernelEvent, Link, LinkKind, Mac, Neighbour, Object, Owner,
+    Port, Progress, Reconciler, Route, Scope, Sysctl, Vxlan,
 };
 use flanneld::lease::Subnets;
 use flanneld::sys::netns;
+use flanneld::underlay::{Families, choose};
 
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -450,4 +452,71 @@ fn lost_notices_are_made_up_for() {
     drop(deaf);
     life.kernel.handle_lost_notices(Instant::now());
     life.until("audit", |kernel| kernel.is_settled() && state() == good);
+}
+
+/// The vectors of control-plane spec 10.4, asked of the kernel.
+#[test]
+fn interfaces_as_the_kernel_has_them() {
+    host();
+    run("ip link add dummy0 type bridge");
+    for address in
+        ["1.10.100.1", "192.168.200.128", "172.16.30.18", "172.16.31.200", "172.16.32.100"]
+    {
+        run(&format!("ip addr add {address}/32 dev dummy0"));
+    }
+    run("ip -6 addr add 2001:db8:9::1/64 dev dummy0 nodad");
+    run("ip link set dummy0 up");
+    run("ip route add 172.16.32.254 dev dummy0 src 172.16.32.100");
+    run("ip route add default via 192.0.2.254 dev eth0 metric 5");
+    run("ip route add default dev dummy0 metric 50");
+    run("ip -6 route add default via 2001:db8::fe dev eth0");
+    let any = settings::Interface::default;
+    let named = |name: &str| settings::Interface { names: vec![name.into()], ..any() };
+    let matching = |pattern: &str| settings::Interface { patterns: vec![pattern.into()], ..any() };
+    let (v4, dual) = (Families { v4: true, v6: false }, Families { v4: true, v6: true });
+    for (wanted, families, link, local_v4, local_v6) in [
+        (any(), v4, "eth0", "192.0.2.1", ""),
+        (any(), dual, "eth0", "192.0.2.1", "2001:db8::1"),
+        (named("dummy0"), v4, "dummy0", "1.10.100.1", ""),
+        (named("172.16.30.18"), dual, "dummy0", "172.16.30.18", "2001:db8:9::1"),
+        (matching(r"192\.168\.200\.\d+"), v4, "dummy0", "192.168.200.128", ""),
+        (matching(r"dummy\d+"), v4, "dummy0", "1.10.100.1", ""),
+        (
+            settings::Interface { can_reach: "172.16.32.254".parse().ok(), ..any() },
+            v4,
+            "dummy0",
+            "172.16.32.100",
+            "",
+        ),
+        (
+            settings::Interface { public_ip: "172.16.31.200".parse().ok(), ..any() },
+            v4,
+            "dummy0",
+            "172.16.31.200",
+            "",
+        ),
+        (
+            settings::Interface { can_reach: "2001:db8::77".parse().ok(), ..any() },
+            dual,
+            "eth0",
+            "192.0.2.1",
+            "2001:db8::1",
+        ),
+    ] {
+        let inventory = Inventory::read(wanted.can_reach).unwrap();
+        let underlay = choose(&wanted, families, &inventory).unwrap().underlay;
+        assert_eq!(underlay.name.as_str(), link, "{wanted:?}");
+        assert_eq!(
+            (underlay.local_v4, underlay.local_v6),
+            (local_v4.parse().ok(), local_v6.parse().ok()),
+            "{wanted:?}"
+        );
+        assert_eq!(underlay.mtu, 1500);
+    }
+    run("ip route add unreachable 203.0.113.0/24");
+    let target = "203.0.113.1".parse().ok();
+    let inventory = Inventory::read(target).unwrap();
+    let error =
+        choose(&settings::Interface { can_reach: target, ..any() }, v4, &inventory).unwrap_err();
+    assert!(error.contains("there is no route to 203.0.113.1"), "{error}");
 }

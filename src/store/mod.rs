@@ -4,7 +4,7 @@
 pub mod etcd;
 
 use std::net::{Ipv4Addr, Ipv6Addr};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Instant, SystemTime};
 
 use crate::config::NetworkConfig;
 use crate::http::{HttpEvent, Request};
@@ -62,7 +62,8 @@ pub enum StoreEvent {
     /// Our lease is gone from the store or belongs to another host now (the text says which); a new `Acquired` follows. The
     /// data plane stays as it is until then.
     Lost(String),
-    /// Every lease at one moment, our own included: complete, so what is not in it is gone.
+    /// Every lease at one moment, our own included if we have one: complete, so what is not in it is gone. Also sent while a
+    /// lost lease is being replaced.
     Snapshot(Vec<Lease>),
     /// One change after the last snapshot. Our own lease's changes never appear here.
     Event(LeaseEvent),
@@ -90,8 +91,4 @@ pub trait Store: std::fmt::Debug {
     fn handle_http(&mut self, lane: Lane, event: HttpEvent<'_>, now: Now);
     /// When [`Store::poll_request`] wants to be called next, if nothing happens.
     fn poll_timeout(&self) -> Option<Instant>;
-    /// Is the view that this store gave last still followed live (the watch is open and healthy)?
-    fn in_sync(&self) -> bool;
-    /// How long the current trouble has lasted, if there is one.
-    fn trouble_for(&self, now: Now) -> Option<Duration>;
 }

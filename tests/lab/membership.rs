@@ -189,3 +189,58 @@ fn a_paused_agent_yields_to_the_new_owner() {
     until("the other subnet", PATIENCE, || key(&hosts[0]) == other);
     assert_eq!(key(&hosts[1]), mine);
 }
+
+/// The v2 key space: a reservation stays one, a deleted lease is taken again, a stolen one is left, a reused one keeps its key.
+#[test]
+fn leases_live_in_v2_as_they_do_in_v3() {
+    let mut world = World::new();
+    let etcd = world.etcd(&[]);
+    etcd.put_config("v2", VXLAN);
+    let hosts = world.hosts(2);
+    let path = |key: &str| format!("/coreos.com/network/subnets/{key}");
+    let value = format!(r#"value={{"PublicIP":"{}"}}"#, hosts[0].ip());
+    etcd.v2("PUT", &path("10.5.99.0-24"), &[&value]);
+    let agents: Vec<Agent> = hosts.iter().map(|host| host.start(&[])).collect();
+    agents.iter().for_each(Agent::wait_ready);
+    assert_eq!(key(&hosts[0]), "10.5.99.0-24");
+    agents[0].wait_for("10.5.99.0/24 is ours, for ever");
+    let node = etcd.v2("GET", &path("10.5.99.0-24"), &[]);
+    assert!(node.contains("VtepMAC") && !node.contains("expiration"), "{node}");
+    let mine = key(&hosts[1]);
+    assert!(etcd.v2("GET", &path(&mine), &[]).contains("\"ttl\":86"));
+    etcd.v2("DELETE", &path(&mine), &[]);
+    agents[1].wait_for("our lease is lost: it is gone from the store");
+    until("the same subnet", PATIENCE, || etcd.v2("GET", &path(&mine), &[]).contains("\"ttl\":86"));
+    assert_eq!(key(&hosts[1]), mine);
+    let thief = r#"value={"PublicIP":"192.168.77.99","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:99"}}"#;
+    etcd.v2("PUT", &path(&mine), &[thief]);
+    agents[1].wait_for("it belongs to 192.168.77.99 now");
+    until("another subnet", PATIENCE, || key(&hosts[1]) != mine);
+    assert!(
+        etcd.v2("GET", &path(&mine), &[]).contains("192.168.77.99"),
+        "the thief's lease is left alone"
+    );
+}
+
+/// With the longest margin a lease is renewed after a minute, against the real store in both of its languages.
+#[test]
+fn leases_are_renewed() {
+    let running: Vec<_> = ["v3", "v2"]
+        .into_iter()
+        .map(|api| {
+            let mut world = World::new();
+            let etcd = world.etcd(&[]);
+            etcd.put_config(api, VXLAN);
+            let host = world.host();
+            let agent = host.start(&["-subnet-lease-renew-margin=1439"]);
+            agent.wait_ready();
+            (agent, host, etcd, world)
+        })
+        .collect();
+    for (agent, host, _etcd, _world) in &running {
+        let subnet = prefix(host);
+        let renewed = format!("lease {subnet} renewed for 23 h 59 min");
+        until(&renewed, Duration::from_secs(90), || agent.log().contains(&renewed));
+        assert!(!agent.log().contains("] W") && !agent.log().contains("lost"), "{}", agent.log());
+    }
+}

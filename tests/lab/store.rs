@@ -1,13 +1,8 @@
 //! The store goes away in every way there is, and comes back.
 
 use std::fs;
-use std::path::Path;
 use std::thread;
 use std::time::Duration;
-
-use rcgen::{
-    BasicConstraints, CertificateParams, CertifiedIssuer, ExtendedKeyUsagePurpose, IsCa, KeyPair,
-};
 
 use super::world::{Agent, Etcd, Flow, Host, PATIENCE, World, until};
 
@@ -232,30 +227,11 @@ fn user_and_password() {
     assert!(!hosts[0].log().contains("secret-f"));
 }
 
-/// Certificates as an operator would make them: an authority, etcd's, ours.
-fn certificates(dir: &Path) {
-    let mut params = CertificateParams::new(Vec::<String>::new()).unwrap();
-    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    let ca = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
-    fs::write(dir.join("ca.pem"), ca.pem()).unwrap();
-    for (name, usage) in [
-        ("server", ExtendedKeyUsagePurpose::ServerAuth),
-        ("client", ExtendedKeyUsagePurpose::ClientAuth),
-    ] {
-        let mut params = CertificateParams::new(vec!["192.168.77.1".to_owned()]).unwrap();
-        params.extended_key_usages = vec![usage, ExtendedKeyUsagePurpose::ClientAuth];
-        let key = KeyPair::generate().unwrap();
-        fs::write(dir.join(format!("{name}.pem")), params.signed_by(&key, &ca).unwrap().pem())
-            .unwrap();
-        fs::write(dir.join(format!("{name}.key")), key.serialize_pem()).unwrap();
-    }
-}
-
 #[test]
 fn tls() {
     for client_certificates in [false, true] {
         let mut world = World::new();
-        certificates(&world.dir);
+        super::certificates::make(&world.dir, &["192.168.77.1"]);
         let file = |name: &str| world.dir.join(name).display().to_string();
         let mut server = vec![
             format!("--cert-file={}", file("server.pem")),

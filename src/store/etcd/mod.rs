@@ -325,7 +325,7 @@ impl Etcd {
         self.unary.not_before = Some(now.mono + CONFIG_RETRY);
         if self.bad_config.as_ref() != Some(&reason) {
             self.bad_config = Some(reason.clone());
-            if let Some(text) = self.trouble.say(&reason, now.mono) {
+            if let Some(text) = self.trouble.say(&reason) {
                 self.events.push_back(StoreEvent::Trouble(text));
             }
         }
@@ -424,7 +424,7 @@ impl Etcd {
             return;
         }
         self.next_endpoint();
-        self.tell(reason, now);
+        self.tell(reason);
     }
 
     /// An operation failed; it is tried again.
@@ -443,7 +443,7 @@ impl Etcd {
             self.unary.backoff.failed()
         };
         self.unary.not_before = Some(now.mono + wait);
-        self.tell(reason, now);
+        self.tell(reason);
     }
 
     /// Returns whether every endpoint has had its turn.
@@ -453,10 +453,10 @@ impl Etcd {
         self.failures.is_multiple_of(self.endpoints.len().max(1))
     }
 
-    fn tell(&mut self, reason: &str, now: Now) {
+    fn tell(&mut self, reason: &str) {
         // one server of several may fail without anybody's noticing
         if self.failures >= self.endpoints.len() {
-            if let Some(text) = self.trouble.say(reason, now.mono) {
+            if let Some(text) = self.trouble.say(reason) {
                 self.events.push_back(StoreEvent::Trouble(text));
             }
         } else {
@@ -625,13 +625,5 @@ impl Store for Etcd {
             if turn.busy { None } else { turn.not_before.or(other) }
         };
         [of(&self.unary, renewal), of(&self.watch, None)].into_iter().flatten().min()
-    }
-
-    fn in_sync(&self) -> bool {
-        self.watch_open && self.own.is_some() && !self.relist
-    }
-
-    fn trouble_for(&self, now: Now) -> Option<Duration> {
-        self.trouble.since().map(|since| now.mono.saturating_duration_since(since))
     }
 }

@@ -1,32 +1,24 @@
 //! Says a trouble once, however often it comes back before it is over.
 
 use std::collections::BTreeSet;
-use std::time::Instant;
 
 /// So many different troubles are told before the first is over.
 const TOLD: usize = 8;
 
 #[derive(Debug, Default)]
 pub(super) struct Trouble {
-    since: Option<Instant>,
     told: BTreeSet<String>,
 }
 
 impl Trouble {
     /// Notes a trouble. Returns it if it is news.
-    pub(super) fn say(&mut self, reason: &str, now: Instant) -> Option<String> {
-        self.since.get_or_insert(now);
+    pub(super) fn say(&mut self, reason: &str) -> Option<String> {
         let news = self.told.len() < TOLD && self.told.insert(reason.to_owned());
         news.then(|| reason.to_owned())
     }
 
     /// It is over. Returns whether there was any.
     pub(super) fn over(&mut self) -> bool {
-        self.told.clear();
-        self.since.take().is_some()
-    }
-
-    pub(super) fn since(&self) -> Option<Instant> {
-        self.since
+        !std::mem::take(&mut self.told).is_empty()
     }
 }
