@@ -76,6 +76,12 @@ impl<'a> Fields<'a> {
         Ok(found)
     }
 
+    /// A field whose name is none of these, whatever the case.
+    pub(crate) fn unknown(&self, known: &[&str]) -> Option<&str> {
+        let is_known = |name: &str| known.iter().any(|known| known.eq_ignore_ascii_case(name));
+        self.fields.iter().map(|(name, _)| &**name).find(|name| !is_known(name))
+    }
+
     /// The text that refuses `got` as the value of `field`.
     pub(crate) fn wrong(&self, field: &str, kind: &str, got: impl fmt::Display) -> String {
         format!("{}.{field} must be {kind}, got {}", self.name, shown(&got.to_string()))

@@ -2,6 +2,7 @@
 //! Built from a network config, wherever that came from: the store, or the view saved on disk.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write;
 use std::fs;
 use std::net::IpAddr;
 use std::time::Instant;
@@ -69,7 +70,7 @@ impl Dataplane {
         registry: &Registry,
         now: Instant,
     ) -> Result<Self, Fatal> {
-        let tunnel = Tunnel::open(&mut *backend, &config, &underlay, registry)?;
+        let tunnel = Tunnel::open(&mut *backend, registry)?;
         let mut port =
             Port::open().map_err(|error| Fatal(format!("open netlink sockets: {error}")))?;
         port.register(registry, token::NETLINK_REPLIES, token::NETLINK_NOTICES)
@@ -345,12 +346,17 @@ impl Dataplane {
     pub(super) fn handle_ready(&mut self, token: Token) {
         match token {
             token::NETLINK_REPLIES | token::NETLINK_NOTICES => self.kernel_due = true,
-            _ => self.tunnel_due = true,
+            token => {
+                self.tunnel_due = true;
+                if let Some(tunnel) = &mut self.tunnel {
+                    tunnel.handle_ready(token);
+                }
+            }
         }
     }
 
     /// Does what is due, within budgets. Returns whether anything but packets was moved.
-    pub(super) fn turn(&mut self, registry: &Registry, now: Instant) -> Result<bool, Fatal> {
+    pub(super) fn turn(&mut self, now: Instant) -> Result<bool, Fatal> {
         let mut stirred = false;
         if self.kernel.poll_timeout().is_some_and(|at| at <= now) {
             self.kernel.handle_timeout(now);
@@ -370,7 +376,7 @@ impl Dataplane {
         if let Some(tunnel) = &mut self.tunnel {
             let due = self.tunnel_due || tunnel.poll_timeout(now).is_some_and(|at| at <= now);
             self.tunnel_due = false;
-            if due && tunnel.turn(&mut *self.backend, registry, now) {
+            if due && tunnel.turn(&mut *self.backend, now) {
                 stirred = true;
                 if let Some(own) = self.own {
                     self.set_own(own, now)?;
@@ -405,6 +411,19 @@ impl Dataplane {
         let tunnel = self.tunnel.as_ref().and_then(|tunnel| tunnel.poll_timeout(now));
         let kernel = if self.kernel_due { Some(now) } else { self.kernel.poll_timeout() };
         tunnel.into_iter().chain(kernel).min()
+    }
+
+    /// `name value` lines for the status page.
+    pub(super) fn status(&self, out: &mut String) {
+        let _ = writeln!(out, "backend {}", self.backend.name());
+        let _ = writeln!(out, "mtu {}", self.backend.mtu());
+        let _ = writeln!(out, "peers {}", self.peers.len());
+        let _ = writeln!(out, "leases_refused {}", self.peers.refused().count());
+        let _ = writeln!(out, "kernel_objects_missing {}", self.kernel.missing());
+        let _ = writeln!(out, "kernel_writes {}", self.kernel.writes());
+        if let Some(tunnel) = &self.tunnel {
+            tunnel.status(out);
+        }
     }
 
     /// Are this host's own device and address in place?

@@ -94,7 +94,7 @@ pub fn run(settings: Settings, notify_socket: Option<OsString>) -> Result<(), Fa
         if let Some(health) = &mut health
             && health.poll_timeout().is_some_and(|at| at <= now.mono)
         {
-            health.handle_timeout(&registry, now.mono);
+            health.handle_timeout(&registry, now.mono, &|| network.status());
         }
         let deadlines =
             [network.poll_timeout(now.mono), health.as_ref().and_then(Health::poll_timeout)];
@@ -111,7 +111,7 @@ pub fn run(settings: Settings, notify_socket: Option<OsString>) -> Result<(), Fa
                     return Ok(());
                 }
             } else if let Some(health) = health.as_mut().filter(|health| health.owns(token)) {
-                health.ready(token, &registry, now.mono);
+                health.ready(token, &registry, now.mono, &|| network.status());
             } else {
                 network.handle_ready(token, &registry, now);
             }

@@ -10,6 +10,7 @@
 //!
 //! When the store does not answer at start, the view saved on disk plays its part until it does.
 
+use std::fmt::Write;
 use std::io;
 use std::time::{Duration, Instant};
 
@@ -121,6 +122,21 @@ impl Network {
             .then(|| format!("{} is not written", self.settings.subnet_file.display()))
     }
 
+    /// What operators ask for: `name value` lines.
+    pub(super) fn status(&self) -> String {
+        let mut out = String::new();
+        let _ = writeln!(out, "version {}", env!("CARGO_PKG_VERSION"));
+        let _ = writeln!(out, "ready {}", self.unready().as_deref().unwrap_or("yes"));
+        let _ = writeln!(out, "store {}", self.store.describe());
+        if let Some(own) = &self.own {
+            let _ = writeln!(out, "lease {}", own.lease.subnets);
+        }
+        if let Some(dataplane) = &self.dataplane {
+            dataplane.status(&mut out);
+        }
+        out
+    }
+
     /// An event of one of our descriptors.
     pub(super) fn handle_ready(&mut self, token: Token, registry: &Registry, now: Now) {
         let store = &mut self.store;
@@ -172,7 +188,7 @@ impl Network {
         }
         self.save(now.mono);
         if let Some(dataplane) = &mut self.dataplane {
-            stirred |= dataplane.turn(registry, now.mono)?;
+            stirred |= dataplane.turn(now.mono)?;
             if self.file_due && dataplane.host_is_up() {
                 self.write_file(now);
             }

@@ -7,11 +7,12 @@ mod udp;
 mod vxlan;
 
 use std::fmt;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use crate::config::NetworkConfig;
+use crate::forward;
 use crate::kernel::{IfName, Mac, Object};
 use crate::lease::{Lease, LeaseAttrs, Subnets};
 
@@ -71,7 +72,7 @@ pub struct PeerPlan {
     /// Kernel objects.
     pub objects: Vec<Object>,
     /// Entries of the userspace forwarding table (udp backend).
-    pub forward: Vec<(IpNet, SocketAddr)>,
+    pub forward: Vec<(IpNet, IpAddr)>,
     /// Why one of the peer's families cannot be used, when the other can.
     pub trouble: Option<PeerError>,
 }
@@ -139,15 +140,14 @@ pub trait Backend: fmt::Debug {
     fn devices(&self) -> Vec<IfName> {
         Vec::new()
     }
-    /// The TUN device is open under this name. Only for a backend with a [`Backend::forward_port`], and before its
+    /// What the userspace data plane of this backend is to do, if it has one.
+    fn forward(&self) -> Option<&forward::Settings> {
+        None
+    }
+    /// The TUN device is open under this name. Only for a backend with [`Backend::forward`], and before its
     /// [`Backend::host_objects`] are asked for.
     fn set_tun(&mut self, name: IfName) {
         let _ = name;
-    }
-    /// The UDP port of the userspace data plane, if this backend has one. The plane listens on the underlay's own IPv4
-    /// address (`local_v4`, which such a backend has made sure of).
-    fn forward_port(&self) -> Option<u16> {
-        None
     }
 }
 

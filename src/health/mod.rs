@@ -1,6 +1,7 @@
-//! `/healthz` and `/readyz` (control-plane spec 1.8), answered by the loop itself: a loop that hangs does not answer.
+//! `/healthz` and `/readyz` (control-plane spec 1.8), and `/status`, answered by the loop itself: a loop that hangs does not
+//! answer.
 //!
-//! Answers have upstream's bodies to the byte; why something is not ready is in the header `X-Flannel-Reason`. Every
+//! The first two have upstream's bodies to the byte; `/status` is `name value` lines that the owner of the loop makes. Why something is not ready is in the header `X-Flannel-Reason`. Every
 //! connection carries one exchange, and there are few of them for a short time.
 
 use std::io::{self, Read, Write};
@@ -79,13 +80,19 @@ impl Health {
         (self.first_token..=self.first_token + MOST).contains(&token.0)
     }
 
-    /// Something happened to the listener or a connection.
-    pub fn ready(&mut self, token: Token, registry: &Registry, now: Instant) {
+    /// Something happened to the listener or a connection. `status` makes the page of that name.
+    pub fn ready(
+        &mut self,
+        token: Token,
+        registry: &Registry,
+        now: Instant,
+        status: &dyn Fn() -> String,
+    ) {
         match (token.0 - self.first_token).checked_sub(1) {
             None => self.waiting = true,
-            Some(at) => self.serve(at),
+            Some(at) => self.serve(at, status),
         }
-        self.accept(registry, now);
+        self.accept(registry, now, status);
     }
 
     /// When [`Health::handle_timeout`] wants to be called.
@@ -94,16 +101,21 @@ impl Health {
     }
 
     /// Drops clients that take too long.
-    pub fn handle_timeout(&mut self, registry: &Registry, now: Instant) {
+    pub fn handle_timeout(
+        &mut self,
+        registry: &Registry,
+        now: Instant,
+        status: &dyn Fn() -> String,
+    ) {
         for slot in &mut self.connections {
             if slot.as_ref().is_some_and(|connection| connection.until <= now) {
                 *slot = None;
             }
         }
-        self.accept(registry, now);
+        self.accept(registry, now, status);
     }
 
-    fn accept(&mut self, registry: &Registry, now: Instant) {
+    fn accept(&mut self, registry: &Registry, now: Instant, status: &dyn Fn() -> String) {
         while self.waiting {
             let Some(at) = self.connections.iter().position(Option::is_none) else { return };
             match self.listener.accept() {
@@ -123,7 +135,7 @@ impl Health {
                         sent: 0,
                     };
                     self.connections[at] = Some(connection);
-                    self.serve(at);
+                    self.serve(at, status);
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.waiting = false,
                 // the client has gone already, or descriptors are short: the next event tries again
@@ -135,10 +147,10 @@ impl Health {
         }
     }
 
-    fn serve(&mut self, at: usize) {
+    fn serve(&mut self, at: usize, status: &dyn Fn() -> String) {
         let Some(slot) = self.connections.get_mut(at) else { return };
         if let Some(connection) = slot
-            && connection.turn(self.unready.as_deref())
+            && connection.turn(self.unready.as_deref(), status)
         {
             *slot = None;
         }
@@ -147,10 +159,10 @@ impl Health {
 
 impl Connection {
     /// Moves on as far as the socket allows; says whether this was the end.
-    fn turn(&mut self, unready: Option<&str>) -> bool {
+    fn turn(&mut self, unready: Option<&str>, status: &dyn Fn() -> String) -> bool {
         if self.answer.is_empty() {
             match self.read() {
-                Ok(true) => self.answer = answer(&self.request, unready),
+                Ok(true) => self.answer = answer(&self.request, unready, status),
                 Ok(false) => return false,
                 Err(_) => return true,
             }
@@ -184,7 +196,8 @@ impl Connection {
 }
 
 /// The whole answer to a request, of which only the first line matters.
-fn answer(request: &[u8], unready: Option<&str>) -> Vec<u8> {
+fn answer(request: &[u8], unready: Option<&str>, status_page: &dyn Fn() -> String) -> Vec<u8> {
+    let page;
     let line = request.split(|byte| *byte == b'\r').next().unwrap_or_default();
     let words: Vec<&str> = std::str::from_utf8(line).unwrap_or_default().split(' ').collect();
     let path = match words[..] {
@@ -195,6 +208,10 @@ fn answer(request: &[u8], unready: Option<&str>) -> Vec<u8> {
         (Some("/healthz"), _) => ("200 OK", "flanneld is running"),
         (Some("/readyz"), None) => ("200 OK", "flanneld is ready"),
         (Some("/readyz"), Some(_)) => ("503 Service Unavailable", "flanneld is not ready yet"),
+        (Some("/status"), _) => {
+            page = status_page();
+            ("200 OK", &*page)
+        }
         (Some(_), _) => ("404 Not Found", "404 page not found\n"),
         (None, _) => ("400 Bad Request", "400 Bad Request\n"),
     };
@@ -223,8 +240,12 @@ mod tests {
 
     use super::*;
 
+    fn page() -> String {
+        "backend udp\n".into()
+    }
+
     fn text(request: &str, unready: Option<&str>) -> String {
-        String::from_utf8(answer(request.as_bytes(), unready)).unwrap()
+        String::from_utf8(answer(request.as_bytes(), unready, &page)).unwrap()
     }
 
     /// Control-plane spec 1.8.
@@ -239,6 +260,7 @@ mod tests {
         check("POST /healthz?verbose HTTP/1.0\r\n\r\n", None, "200", "flanneld is running");
         check("GET /readyz HTTP/1.1\r\n\r\n", None, "200", "flanneld is ready");
         check("GET /readyz HTTP/1.1\r\n\r\n", Some("x"), "503", "flanneld is not ready yet");
+        check("GET /status HTTP/1.1\r\n\r\n", None, "200", "backend udp\n");
         check("GET / HTTP/1.1\r\n\r\n", None, "404", "404 page not found\n");
         check("HEAD /readyz HTTP/1.1\r\n\r\n", None, "200", "");
         for garbage in ["", "\r\n", "GET /healthz\r\n\r\n", "\u{0}\u{1}", "GET  /healthz HTTP/1.1"]
@@ -276,10 +298,10 @@ mod tests {
             let now = start + tick * Duration::from_millis(20);
             for event in &events {
                 assert!(health.owns(event.token()));
-                health.ready(event.token(), &registry, now);
+                health.ready(event.token(), &registry, now, &page);
             }
             if health.poll_timeout().is_some_and(|at| at <= now) {
-                health.handle_timeout(&registry, now);
+                health.handle_timeout(&registry, now, &page);
             }
             if client.is_finished() {
                 break;

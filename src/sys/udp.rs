@@ -1,17 +1,76 @@
-//! The UDP socket of the data plane, which does not block.
+//! The UDP socket of the data plane, which does not block: bursts of datagrams out and in, many in one call.
 //!
-//! Its options are the kernel's defaults, as the Go flanneld's are: datagrams longer than the path allows are fragmented
-//! by this host's kernel, which learns the path's MTU.
+//! * A message out may hold a run of up to 64 equal datagrams, the last of which may be shorter (`UDP_SEGMENT`, `udp(7)`).
+//!   A run needs an interface that computes checksums, or a kernel that does it in its place (6.11): else `EIO`.
+//! * A message in may hold such a run too, with the length of each datagram beside it (`UDP_GRO`).
+//! * Path MTU: datagrams carry "don't fragment", as they do by default, but one that is too long for its way is refused
+//!   (`EMSGSIZE`) instead of being cut: the sender of what is in it is to be told. Where the system does not discover path
+//!   MTUs (`net.ipv4.ip_no_pmtu_disc`), this socket does not either.
 
+#![allow(unsafe_code)]
+
+use std::fmt;
 use std::io;
-use std::net::SocketAddrV4;
+use std::marker::PhantomData;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::AsRawFd;
 
 use mio::net::UdpSocket;
 
+use super::buffer;
+
+/// Messages in one call, at most.
+pub const MESSAGES: usize = 64;
+/// Bytes that each received message has room for: the longest there is.
+pub const SLOT: usize = 65_536;
+/// Parts of all messages of one call, at most. (One message may have 1024.)
+const PARTS: usize = 512;
+
+/// Socket buffers in bytes. A run counts for the memory that the kernel spends on it, which is more than its bytes.
+const RECEIVE_BUFFER: usize = 4 << 20;
+const SEND_BUFFER: usize = 2 << 20;
+
+/// Room for one ancillary message with a number in it, aligned as the kernel wants it.
+type Control = [u64; 4];
+
+/// What the kernel reads and writes during a call. Its pointers are set before each call and mean nothing after it.
+struct Arrays {
+    headers: [libc::mmsghdr; MESSAGES],
+    names: [libc::sockaddr_in6; MESSAGES],
+    controls: [Control; MESSAGES],
+    parts: [libc::iovec; PARTS],
+}
+
 /// A bound UDP socket.
-#[derive(Debug)]
 pub struct UdpPort {
     socket: UdpSocket,
+    local: SocketAddr,
+    /// Does a datagram that is too long for its way fail? Else it is cut.
+    strict: bool,
+    arrays: Box<Arrays>,
+}
+
+impl fmt::Debug for UdpPort {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "UdpPort({})", self.local)
+    }
+}
+
+/// A message that came in.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Received {
+    /// Bytes.
+    pub len: usize,
+    /// Bytes of each datagram in it, but the last.
+    pub segment: usize,
+    /// Who sent it.
+    pub from: IpAddr,
+}
+
+impl Received {
+    /// To be overwritten.
+    pub const NONE: Self =
+        Self { len: 0, segment: 0, from: IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED) };
 }
 
 impl UdpPort {
@@ -19,8 +78,8 @@ impl UdpPort {
     ///
     /// # Errors
     /// The text names the address, and what to do when it is taken.
-    pub fn bind(address: SocketAddrV4) -> io::Result<Self> {
-        let socket = UdpSocket::bind(address.into()).map_err(|error| {
+    pub fn bind(address: SocketAddr) -> io::Result<Self> {
+        let socket = UdpSocket::bind(address).map_err(|error| {
             let remedy = match error.kind() {
                 io::ErrorKind::AddrInUse => {
                     "; another flanneld or VXLAN device has the port: set Backend.Port"
@@ -29,29 +88,331 @@ impl UdpPort {
             };
             io::Error::new(error.kind(), format!("listen on UDP {address}: {error}{remedy}"))
         })?;
-        Ok(Self { socket })
+        buffer::grow_receive(&socket, RECEIVE_BUFFER);
+        buffer::grow_send(&socket, SEND_BUFFER);
+        // SAFETY: integers, byte arrays and raw pointers, for all of which zeroes are a value.
+        let arrays = unsafe { Box::<Arrays>::new_zeroed().assume_init() };
+        let mut port = Self { socket, local: address, strict: false, arrays };
+        let (level, option, default, _) = port.discovery();
+        if port.get(level, option).is_ok_and(|value| value == default) {
+            port.allow_fragments(false);
+            port.strict = true;
+        }
+        Ok(port)
     }
 
-    /// Reads one datagram into `buffer`, which holds the longest one that there is. `WouldBlock` when none waits.
-    ///
-    /// # Errors
-    /// As `recvfrom(2)`.
-    pub fn recv(&self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.socket.recv_from(buffer).map(|(len, _)| len)
+    /// The address that it is bound to.
+    pub fn local(&self) -> SocketAddr {
+        self.local
     }
 
-    /// Sends one datagram. `WouldBlock` when the socket's send buffer is full: it becomes writable.
+    /// Does the kernel know runs of datagrams in one message?
+    pub fn has_gso(&self) -> bool {
+        self.set(libc::SOL_UDP, libc::UDP_SEGMENT, 0).is_ok()
+    }
+
+    /// Has runs of datagrams received as one message, or no longer. `false` when the kernel does not know how.
+    pub fn set_gro(&self, on: bool) -> bool {
+        self.set(libc::SOL_UDP, libc::UDP_GRO, on.into()).is_ok()
+    }
+
+    /// Cuts datagrams that are too long for their way, or refuses them (`EMSGSIZE`), as the kernel is told by `ip(7)`.
+    pub fn allow_fragments(&self, allow: bool) {
+        if self.strict || !allow {
+            let (level, option, default, strict) = self.discovery();
+            // both values are known to every kernel
+            let _ = self.set(level, option, if allow { default } else { strict });
+        }
+    }
+
+    /// Level, option, default value, and the value for "never longer than the way carries".
+    fn discovery(&self) -> (libc::c_int, libc::c_int, libc::c_int, libc::c_int) {
+        if self.local.is_ipv4() {
+            (
+                libc::IPPROTO_IP,
+                libc::IP_MTU_DISCOVER,
+                libc::IP_PMTUDISC_WANT,
+                libc::IP_PMTUDISC_DO,
+            )
+        } else {
+            (
+                libc::IPPROTO_IPV6,
+                libc::IPV6_MTU_DISCOVER,
+                libc::IPV6_PMTUDISC_WANT,
+                libc::IPV6_PMTUDISC_DO,
+            )
+        }
+    }
+
+    /// The longest IP packet in bytes that the kernel believes the way to `to` carries.
     ///
     /// # Errors
-    /// As `sendto(2)`.
-    pub fn send(&self, datagram: &[u8], to: SocketAddrV4) -> io::Result<()> {
-        self.socket.send_to(datagram, to.into()).map(drop)
+    /// As `connect(2)`: no way.
+    pub fn path_mtu(&self, to: SocketAddr) -> io::Result<u32> {
+        let probe = std::net::UdpSocket::bind(SocketAddr::new(self.local.ip(), 0))?;
+        probe.connect(to)?;
+        let (level, option) = if to.is_ipv4() {
+            (libc::IPPROTO_IP, libc::IP_MTU)
+        } else {
+            (libc::IPPROTO_IPV6, libc::IPV6_MTU)
+        };
+        get(&probe, level, option).map(|mtu| u32::try_from(mtu).unwrap_or(0))
+    }
+
+    /// Begins a burst.
+    pub fn burst<'p, 'd>(&'p mut self) -> Burst<'p, 'd> {
+        Burst { port: self, messages: 0, parts: 0, data: PhantomData }
+    }
+
+    /// Reads as many messages as wait, up to the length of `received`: message `n` into `buffer` from `n` × [`SLOT`] on.
+    /// `WouldBlock` when none waits.
+    ///
+    /// # Errors
+    /// As `recvmmsg(2)`.
+    pub fn receive(&mut self, buffer: &mut [u8], received: &mut [Received]) -> io::Result<usize> {
+        let slots = buffer.chunks_exact_mut(SLOT).take(received.len().min(MESSAGES));
+        let Arrays { headers, names, controls, parts } = &mut *self.arrays;
+        let mut count: libc::c_uint = 0;
+        for ((((slot, header), name), control), part) in
+            slots.zip(&mut *headers).zip(&mut *names).zip(&mut *controls).zip(&mut *parts)
+        {
+            *part = libc::iovec { iov_base: slot.as_mut_ptr().cast(), iov_len: slot.len() };
+            header.msg_len = 0;
+            fill(&mut header.msg_hdr, name, (part, 1));
+            header.msg_hdr.msg_control = control.as_mut_ptr().cast();
+            header.msg_hdr.msg_controllen = size_of::<Control>() as _;
+            count += 1;
+        }
+        // SAFETY: the first `count` headers point to names, controls and parts in `self.arrays`, which is borrowed mutably
+        // until the call returns, with their true lengths; the parts point to disjoint chunks of `buffer`, likewise.
+        let got = unsafe {
+            libc::recvmmsg(
+                self.socket.as_raw_fd(),
+                headers.as_mut_ptr(),
+                count,
+                libc::MSG_DONTWAIT as _,
+                std::ptr::null_mut(),
+            )
+        };
+        let got = usize::try_from(got).map_err(|_| io::Error::last_os_error())?;
+        for (((received, header), name), control) in
+            received.iter_mut().zip(&*headers).zip(&*names).zip(&*controls).take(got)
+        {
+            let len = header.msg_len as usize;
+            let segment = segment(control, header.msg_hdr.msg_controllen as usize);
+            *received = Received {
+                len,
+                segment: segment.filter(|segment| *segment > 0).unwrap_or(len).max(1),
+                from: address(name),
+            };
+        }
+        Ok(got)
+    }
+
+    fn set(&self, level: libc::c_int, option: libc::c_int, value: libc::c_int) -> io::Result<()> {
+        // SAFETY: the descriptor is open while it is borrowed; the pointer is to a c_int that outlives the call.
+        let result = unsafe {
+            libc::setsockopt(
+                self.socket.as_raw_fd(),
+                level,
+                option,
+                (&raw const value).cast(),
+                size_of::<libc::c_int>() as libc::socklen_t,
+            )
+        };
+        if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    }
+
+    fn get(&self, level: libc::c_int, option: libc::c_int) -> io::Result<libc::c_int> {
+        get(&self.socket, level, option)
     }
 }
 
-/// Does this error of [`UdpPort::send`] say that the datagram is longer than one can be?
+fn get(socket: &impl AsRawFd, level: libc::c_int, option: libc::c_int) -> io::Result<libc::c_int> {
+    let mut value: libc::c_int = 0;
+    let mut len = size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: the descriptor is open while it is borrowed; value and length outlive the call and agree.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            level,
+            option,
+            (&raw mut value).cast(),
+            &raw mut len,
+        )
+    };
+    if result == 0 { Ok(value) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Messages that are put together for one call. What their parts point to is borrowed until then.
+#[derive(Debug)]
+pub struct Burst<'p, 'd> {
+    port: &'p mut UdpPort,
+    messages: usize,
+    parts: usize,
+    data: PhantomData<&'d [u8]>,
+}
+
+impl<'d> Burst<'_, 'd> {
+    /// Adds a message of these parts, one after the other. With `segment` it is a run of datagrams of so many bytes.
+    /// `false`, and nothing added, when the burst is full; one message of up to 128 parts always fits into an empty one.
+    #[inline]
+    pub fn add<'e>(
+        &mut self,
+        to: SocketAddr,
+        segment: Option<u16>,
+        parts: impl ExactSizeIterator<Item = &'d [u8]>,
+    ) -> bool {
+        let (index, first, count) = (self.messages, self.parts, parts.len());
+        let arrays = &mut *self.port.arrays;
+        if index == MESSAGES || first + count > PARTS {
+            return false;
+        }
+        let room = &mut arrays.parts[first..first + count];
+        for (room, part) in room.iter_mut().zip(parts) {
+            // the kernel only reads through this pointer
+            *room = libc::iovec { iov_base: part.as_ptr().cast_mut().cast(), iov_len: part.len() };
+        }
+        let (header, name) = (&mut arrays.headers[index].msg_hdr, &mut arrays.names[index]);
+        let name_len = set_address(name, to);
+        fill(header, name, (&mut room[0], count));
+        header.msg_namelen = name_len;
+        header.msg_control = std::ptr::null_mut();
+        header.msg_controllen = 0;
+        if let Some(segment) = segment {
+            let control = &mut arrays.controls[index];
+            header.msg_controllen = set_segment(control, segment) as _;
+            header.msg_control = control.as_mut_ptr().cast();
+        }
+        self.messages += 1;
+        self.parts += count;
+        true
+    }
+
+    /// Sends. Returns how many messages have gone: at least one.
+    ///
+    /// # Errors
+    /// Those of the first message, as `sendmsg(2)`; then none has gone. `WouldBlock` when the send buffer is full: the
+    /// socket becomes writable.
+    pub fn send(self) -> io::Result<usize> {
+        let count = libc::c_uint::try_from(self.messages).unwrap_or(0);
+        // SAFETY: the first `count` headers point into `port.arrays`, which is borrowed mutably, with true lengths; the
+        // parts point to data that is borrowed for 'd, which outlives this burst.
+        let sent = unsafe {
+            libc::sendmmsg(
+                self.port.socket.as_raw_fd(),
+                self.port.arrays.headers.as_mut_ptr(),
+                count,
+                libc::MSG_DONTWAIT as _,
+            )
+        };
+        usize::try_from(sent).map_err(|_| io::Error::last_os_error())
+    }
+}
+
+/// Sets name and parts. (Some libraries have padding fields, so the structure is not made by a literal.)
+#[inline]
+fn fill(
+    header: &mut libc::msghdr,
+    name: &mut libc::sockaddr_in6,
+    parts: (&mut libc::iovec, usize),
+) {
+    header.msg_name = (&raw mut *name).cast();
+    header.msg_namelen = size_of::<libc::sockaddr_in6>() as libc::socklen_t;
+    header.msg_iov = parts.0;
+    header.msg_iovlen = parts.1 as _;
+    header.msg_flags = 0;
+}
+
+/// Writes an address to where an address of either family fits. Returns its length.
+#[inline]
+fn set_address(name: &mut libc::sockaddr_in6, address: SocketAddr) -> libc::socklen_t {
+    match address {
+        SocketAddr::V4(v4) => {
+            // SAFETY: all zeroes is a value of a structure of integers.
+            let mut short: libc::sockaddr_in = unsafe { std::mem::zeroed() };
+            short.sin_family = libc::AF_INET as libc::sa_family_t;
+            short.sin_port = v4.port().to_be();
+            short.sin_addr.s_addr = u32::from_ne_bytes(v4.ip().octets());
+            // SAFETY: a sockaddr_in6 is longer than a sockaddr_in and aligned as strictly; both consist of integers.
+            unsafe { (&raw mut *name).cast::<libc::sockaddr_in>().write(short) };
+            size_of::<libc::sockaddr_in>() as libc::socklen_t
+        }
+        SocketAddr::V6(v6) => {
+            name.sin6_family = libc::AF_INET6 as libc::sa_family_t;
+            name.sin6_port = v6.port().to_be();
+            name.sin6_flowinfo = 0;
+            name.sin6_addr.s6_addr = v6.ip().octets();
+            name.sin6_scope_id = v6.scope_id();
+            size_of::<libc::sockaddr_in6>() as libc::socklen_t
+        }
+    }
+}
+
+/// The address that the kernel wrote.
+#[inline]
+fn address(name: &libc::sockaddr_in6) -> IpAddr {
+    if name.sin6_family == libc::AF_INET as libc::sa_family_t {
+        // SAFETY: a sockaddr_in6 is longer than a sockaddr_in and aligned as strictly; both consist of integers.
+        let short = unsafe { (&raw const *name).cast::<libc::sockaddr_in>().read() };
+        IpAddr::V4(short.sin_addr.s_addr.to_ne_bytes().into())
+    } else {
+        IpAddr::V6(name.sin6_addr.s6_addr.into())
+    }
+}
+
+/// Offset of the data in an ancillary message.
+const CONTROL_DATA: usize = size_of::<libc::cmsghdr>().next_multiple_of(align_of::<libc::cmsghdr>());
+
+/// Writes the ancillary message that makes a run. Returns its length.
+#[inline]
+fn set_segment(control: &mut Control, segment: u16) -> usize {
+    let len = CONTROL_DATA + size_of::<u16>();
+    // SAFETY: all zeroes is a value of a structure of integers (and padding).
+    let mut header: libc::cmsghdr = unsafe { std::mem::zeroed() };
+    header.cmsg_len = len as _;
+    header.cmsg_level = libc::SOL_UDP;
+    header.cmsg_type = libc::UDP_SEGMENT;
+    let start: *mut u8 = control.as_mut_ptr().cast();
+    // SAFETY: a Control has room for a cmsghdr and a number behind it, and is aligned as strictly.
+    unsafe {
+        start.cast::<libc::cmsghdr>().write(header);
+        start.add(CONTROL_DATA).cast::<u16>().write_unaligned(segment);
+    }
+    len.next_multiple_of(size_of::<usize>())
+}
+
+/// Reads the length of the datagrams in a run from the `len` bytes of ancillary messages that the kernel wrote.
+#[inline]
+fn segment(control: &Control, len: usize) -> Option<usize> {
+    if len < CONTROL_DATA + size_of::<libc::c_int>() || len > size_of::<Control>() {
+        return None;
+    }
+    let start: *const u8 = control.as_ptr().cast();
+    // SAFETY: the kernel wrote `len` bytes, a header and a number among them, and a Control is aligned for it.
+    let (header, value) = unsafe {
+        (
+            start.cast::<libc::cmsghdr>().read(),
+            start.add(CONTROL_DATA).cast::<libc::c_int>().read_unaligned(),
+        )
+    };
+    let is_ours = header.cmsg_level == libc::SOL_UDP && header.cmsg_type == libc::UDP_GRO;
+    is_ours.then(|| usize::try_from(value).unwrap_or(0))
+}
+
+/// Does this error say that a datagram is longer than its way carries, or than one can be?
 pub fn is_too_long(error: &io::Error) -> bool {
     error.raw_os_error() == Some(libc::EMSGSIZE)
+}
+
+/// Does this error say that the interface cannot send runs?
+pub fn is_not_able(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::EIO)
+}
+
+/// Does this error say that there is no way to the host?
+pub fn is_unreachable(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENETUNREACH | libc::EHOSTUNREACH))
 }
 
 super::source::source_by_descriptor!(UdpPort, socket);

@@ -19,8 +19,8 @@ const TTL: u8 = 8;
 pub enum Error {
     /// No route to its destination (type 3, code 0).
     NetUnreachable,
-    /// Too long for the next hop and not to be fragmented (type 3, code 4).
-    FragmentationNeeded {
+    /// Too long for the next hop and not to be fragmented (type 3, code 4; ICMPv6: type 2).
+    TooBig {
         /// The longest packet in bytes that would have passed.
         mtu: u16,
     },
@@ -55,7 +55,7 @@ impl Error {
         ip.copy_from_slice(&header.to_bytes());
         let (kind, code, mtu) = match self {
             Self::NetUnreachable => (3, 0, 0),
-            Self::FragmentationNeeded { mtu } => (3, 4, mtu),
+            Self::TooBig { mtu } => (3, 4, mtu),
             Self::TimeExceeded => (11, 0, 0),
         };
         let [high, low] = u16::to_be_bytes(mtu);
@@ -144,12 +144,12 @@ mod tests {
     fn types_and_codes() {
         let head = |error| reply(error, &offender()).unwrap()[20..28].to_vec();
         assert_eq!(head(Error::TimeExceeded)[..2], [11, 0]);
-        let needed = head(Error::FragmentationNeeded { mtu: 1472 });
+        let needed = head(Error::TooBig { mtu: 1472 });
         assert_eq!(
             (needed[..2].to_vec(), needed[4..].to_vec()),
             (vec![3, 4], vec![0, 0, 0x05, 0xc0])
         );
-        for error in [Error::TimeExceeded, Error::FragmentationNeeded { mtu: 1472 }] {
+        for error in [Error::TimeExceeded, Error::TooBig { mtu: 1472 }] {
             assert_eq!(checksum::of(&reply(error, &offender()).unwrap()[20..]), 0);
         }
     }

@@ -37,13 +37,23 @@ impl<T: AsRef<[u8]>> Packet<T> {
     /// # Errors
     /// Not IPv4, or a length that cannot be.
     pub fn new(buffer: T) -> Result<Self, Malformed> {
+        let packet = Self::front(buffer)?;
+        if packet.total_len() <= packet.buffer.as_ref().len() { Ok(packet) } else { Err(Malformed) }
+    }
+
+    /// The front of a packet: like [`Packet::new`], but the buffer need only hold the header.
+    ///
+    /// # Errors
+    /// Not IPv4, or a length that cannot be.
+    pub fn front(buffer: T) -> Result<Self, Malformed> {
         if buffer.as_ref().len() < MIN_HEADER_LEN || buffer.as_ref()[field::VERSION_IHL] >> 4 != 4 {
             return Err(Malformed);
         }
         let packet = Self { buffer };
-        let (header, total) = (packet.header_len(), packet.total_len());
-        let consistent =
-            MIN_HEADER_LEN <= header && header <= total && total <= packet.buffer.as_ref().len();
+        let header = packet.header_len();
+        let consistent = MIN_HEADER_LEN <= header
+            && header <= packet.total_len()
+            && header <= packet.buffer.as_ref().len();
         if consistent { Ok(packet) } else { Err(Malformed) }
     }
 
@@ -59,10 +69,11 @@ impl<T: AsRef<[u8]>> Packet<T> {
         usize::from(self.word(field::LENGTH))
     }
 
-    /// The packet itself, header included, without what follows it in the buffer.
+    /// The packet itself, header included, without what follows it in the buffer; of a [`Packet::front`] what is there.
     #[inline]
     pub fn bytes(&self) -> &[u8] {
-        &self.buffer.as_ref()[..self.total_len()]
+        let buffer = self.buffer.as_ref();
+        &buffer[..self.total_len().min(buffer.len())]
     }
 
     /// What follows the header.

@@ -7,7 +7,13 @@
 
 pub mod checksum;
 pub mod icmp;
+pub mod icmpv6;
+pub mod ip;
 pub mod ipv4;
+pub mod ipv6;
+pub mod tcp;
+pub mod udp;
+pub mod vnet;
 
 use std::fmt;
 
