@@ -41,8 +41,7 @@ impl Tunnel {
         registry: &Registry,
     ) -> Result<Option<Self>, Fatal> {
         let Some(settings) = backend.forward().cloned() else { return Ok(None) };
-        let mut plane =
-            Plane::open(DEVICE, &settings).map_err(|error| Fatal(error.to_string()))?;
+        let mut plane = Plane::open(DEVICE, &settings).map_err(|error| Fatal(error.to_string()))?;
         backend.set_tun(plane.tun().name());
         info!("{}", describe(&plane, &settings));
         plane
@@ -182,8 +181,7 @@ fn describe(plane: &Plane, settings: &Settings) -> String {
         settings.v4.map(|side| IpAddr::V4(side.local)),
         settings.v6.map(|side| IpAddr::V6(side.local)),
     ];
-    let locals: Vec<String> =
-        locals.into_iter().flatten().map(|local| local.to_string()).collect();
+    let locals: Vec<String> = locals.into_iter().flatten().map(|local| local.to_string()).collect();
     let mut line = format!(
         "packets go between {} and UDP port {} of {}; offloads: {}",
         plane.tun().name(),

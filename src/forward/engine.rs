@@ -152,12 +152,7 @@ impl Engine {
     }
 
     /// There is no way to the host of the packet that begins with `front`.
-    pub fn unreachable(
-        &mut self,
-        front: &[u8],
-        reply: &mut ReplyBuffer,
-        now: Instant,
-    ) -> Outbound {
+    pub fn unreachable(&mut self, front: &[u8], reply: &mut ReplyBuffer, now: Instant) -> Outbound {
         self.refuse(icmp::Error::NetUnreachable, front, reply, now)
     }
 
@@ -241,7 +236,7 @@ fn is_link_scope(destination: IpAddr) -> bool {
 #[cfg(test)]
 #[allow(clippy::disallowed_methods)]
 mod tests {
-        use super::*;
+    use super::*;
     use crate::wire::{checksum, ipv4};
 
     const HOP6: &str = "2001:db8::12";
@@ -330,7 +325,10 @@ mod tests {
         bytes[6] = 0x40;
         // the front of it is enough
         let front = &bytes[..28];
-        assert_eq!(engine.too_big(front, 1472, &mut reply, Instant::now()), Some(Outbound::Reply(56)));
+        assert_eq!(
+            engine.too_big(front, 1472, &mut reply, Instant::now()),
+            Some(Outbound::Reply(56))
+        );
         assert_eq!(reply[20..22], [3, 4]);
         assert_eq!(reply[26..28], [0x05, 0xc0]);
         assert_eq!(engine.stats.drops.count(Reason::TooBig), 1);

@@ -271,7 +271,8 @@ impl Merger {
     fn shape(&self, packet: &[u8]) -> Sight {
         let (transport, protocol, addresses) = match ip::version(packet) {
             4 if packet.len() >= ipv4::MIN_HEADER_LEN => {
-                let is_plain = packet[0] == 0x45 && packet[6] & !DONT_FRAGMENT == 0 && packet[7] == 0;
+                let is_plain =
+                    packet[0] == 0x45 && packet[6] & !DONT_FRAGMENT == 0 && packet[7] == 0;
                 if !is_plain {
                     return Sight::Unclear;
                 }
@@ -293,13 +294,13 @@ impl Merger {
         };
         let (len, joinable, push) = if kind == Kind::Udp {
             if segment.len() < udp::HEADER_LEN {
-                return Sight::Other;
+                return Sight::Unclear;
             }
             let len = usize::from(u16::from_be_bytes([segment[4], segment[5]]));
             // one without a checksum must stay without
             (udp::HEADER_LEN, len == segment.len() && segment[udp::CHECKSUM] != [0, 0], false)
         } else {
-            let Some(len) = tcp::header_len(segment) else { return Sight::Other };
+            let Some(len) = tcp::header_len(segment) else { return Sight::Unclear };
             let flags = segment[tcp::FLAGS];
             (len, flags & !(tcp::PSH | tcp::ECE) == tcp::ACK, flags & tcp::PSH != 0)
         };
@@ -325,7 +326,7 @@ enum Sight {
     Flow(Shape),
     /// Of no such flow: nothing waits that it could overtake.
     Other,
-    /// It may be of any flow: a fragment, options, extension headers.
+    /// It may be of any flow: a fragment, options, extension headers, a transport header that is none.
     Unclear,
 }
 
@@ -443,7 +444,8 @@ impl Flow {
     fn is_right(&self, packet: &[u8]) -> bool {
         let transport = &packet[self.shape.transport..];
         (!self.is_v4() || checksum::of(&packet[..self.shape.transport]) == 0)
-            && checksum::add(self.pseudo_sum(packet, transport.len()), checksum::sum(transport)) == 0xffff
+            && checksum::add(self.pseudo_sum(packet, transport.len()), checksum::sum(transport))
+                == 0xffff
     }
 
     /// Sum over the pseudo-header of a transport header and payload of `len` bytes.
@@ -461,7 +463,8 @@ impl Flow {
         let Shape { kind, transport, header_len, .. } = self.shape;
         #[allow(clippy::cast_possible_truncation)] // no packet is longer than MAX_LEN
         let [total, transport_len, headers, start, segment] =
-            [self.len, self.len - transport, header_len, transport, self.size].map(|len| len as u16);
+            [self.len, self.len - transport, header_len, transport, self.size]
+                .map(|len| len as u16);
         let pseudo = self.pseudo_sum(&self.headers, self.len - transport);
         if self.is_v4() {
             put(&mut self.headers, IPV4_LENGTH, total);

@@ -83,8 +83,10 @@ impl Offloads {
 /// `TSO USO Merge GSO GRO Batch`, or `none`.
 impl fmt::Display for Offloads {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut names =
-            Offload::ALL.into_iter().filter(|(offload, _)| self.has(*offload)).map(|(_, name)| name);
+        let mut names = Offload::ALL
+            .into_iter()
+            .filter(|(offload, _)| self.has(*offload))
+            .map(|(_, name)| name);
         match names.next() {
             None => f.write_str("none"),
             Some(first) => {

@@ -17,10 +17,11 @@ pub(super) const MAX_SEGMENTS: usize = 64;
 const MAX_RUN_LEN: usize = 65_507;
 /// Room for one packet and what goes before it.
 const READ: usize = vnet::LEN + ipv4::MAX_LEN;
-/// Bytes that are gathered before they are sent; more would fall out of the processor's cache meanwhile.
-const ENOUGH: usize = 64 * 1024;
-/// Packets that are gathered before they are sent.
-const MANY: usize = 64;
+/// Bytes that are gathered before they are sent: two super-packets, whose last segments then share a run. More would fall
+/// out of the processor's cache meanwhile.
+const ENOUGH: usize = 128 * 1024;
+/// Parts of packets that are gathered before they are sent: as many small packets, which is about a tenth of a millisecond.
+const MANY: usize = 256;
 /// Headers of the segments of one super-packet: TCP may be told to make them 48 bytes small.
 const HEADERS: usize = 160 * 1024;
 /// Parts of datagrams, at most: each has headers and a payload.
@@ -85,14 +86,19 @@ impl Outbox {
     /// Is it time to send?
     #[inline]
     pub fn has_room(&self) -> bool {
-        self.used < ENOUGH && self.runs.len() < MANY && self.parts.len() < 2 * MANY
+        self.used < ENOUGH && self.parts.len() < MANY
     }
 
     /// Takes the packet at `range` of [`Outbox::room`] in, for `to`, cutting it if it is a super-packet.
     ///
     /// # Errors
     /// It is not what `offload` says. Nothing was taken.
-    pub fn push(&mut self, to: IpAddr, range: Range<usize>, offload: &Header) -> Result<(), Malformed> {
+    pub fn push(
+        &mut self,
+        to: IpAddr,
+        range: Range<usize>,
+        offload: &Header,
+    ) -> Result<(), Malformed> {
         let (start, end) = (self.used + range.start, self.used + range.end);
         if offload.kind == Kind::Single {
             if offload.needs_checksum {

@@ -24,12 +24,15 @@ use crate::sys::tun::{self, Tun};
 use crate::sys::udp::{self, Received, SLOT, UdpPort};
 use crate::wire::{icmpv6, vnet};
 
-/// Bursts moved in each direction in one turn. They are up to about 130 KiB each, so that a turn takes about a millisecond.
-const BURSTS: usize = 8;
+/// Bursts moved in each direction in one turn. They are up to half a megabyte each, so that a turn takes a few
+/// milliseconds at most.
+const BURSTS: usize = 4;
 /// Messages received in one call.
 const SLOTS: usize = 32;
 /// Messages received in one call while they are long runs: more would fall out of the processor's cache.
-const FEW_SLOTS: usize = 2;
+const FEW_SLOTS: usize = 4;
+/// Messages of one burst while they are long runs.
+const BURST_SLOTS: usize = 16;
 /// Bytes from which on a message counts as a long run.
 const LONG: usize = 16 * 1024;
 /// Runs refused one after the other, for a reason that may be the one way's, before no more are tried.
@@ -95,8 +98,8 @@ struct Watch {
 struct Lane {
     udp: UdpPort,
     ready: bool,
-    /// How many messages to ask for.
-    slots: usize,
+    /// Were the last messages long runs?
+    is_long: bool,
 }
 
 /// What one step found.
@@ -152,12 +155,9 @@ impl Plane {
         let tun = Tun::open(template, offloads.need_vnet())?;
         let lane = |local: IpAddr| {
             let udp = UdpPort::bind(SocketAddr::new(local, *port))?;
-            io::Result::Ok(Lane { udp, ready: true, slots: SLOTS })
+            io::Result::Ok(Lane { udp, ready: true, is_long: false })
         };
-        let routes = Routes {
-            v4: v4.as_ref().map(Side::table),
-            v6: v6.as_ref().map(Side::table),
-        };
+        let routes = Routes { v4: v4.as_ref().map(Side::table), v6: v6.as_ref().map(Side::table) };
         let mut plane = Self {
             engine: Engine::new(routes, *check_source),
             tun,
@@ -298,7 +298,7 @@ impl Plane {
     /// # Errors
     /// The TUN device is gone. Everything else that can go wrong costs a packet and is counted.
     pub fn turn(&mut self, now: Instant) -> Result<Turn, TunGone> {
-        let bursts = if self.offloads.batch { BURSTS } else { BURSTS * 8 };
+        let bursts = if self.offloads.batch { BURSTS } else { BURSTS * 16 };
         for _ in 0..bursts {
             let outbound = self.step_outbound(now)?;
             let v4 = self.step_inbound(Family::V4)?;
@@ -515,7 +515,8 @@ impl Plane {
     /// Writes the reply that the engine made, if it did.
     fn answer(&mut self, verdict: Outbound) -> Result<(), TunGone> {
         let Outbound::Reply(len) = verdict else { return Ok(()) };
-        let reply = Joined { offload: vnet::Header::default(), headers: &self.reply[..len], parts: &[] };
+        let reply =
+            Joined { offload: vnet::Header::default(), headers: &self.reply[..len], parts: &[] };
         match write(&self.tun, &reply, &[]) {
             Ok(()) => self.engine.stats.replies += 1,
             Err(error) => {
@@ -529,56 +530,58 @@ impl Plane {
     }
 
     /// UDP to TUN: one burst.
+    ///
+    /// Long messages are received a few at a time, and what they hold is delivered at once, but for flows that may go on
+    /// in the next: a super-packet does not end where a call ends.
     fn step_inbound(&mut self, family: Family) -> Result<Step, TunGone> {
         let lane = match family {
             Family::V4 => &mut self.v4,
             Family::V6 => &mut self.v6,
         };
         let Some(lane) = lane.as_mut().filter(|lane| lane.ready) else { return Ok(Step::Blocked) };
-        let most = if self.offloads.batch { lane.slots } else { 1 };
+        let mut outlet = Outlet::new(&self.tun);
         let mut received = [Received::NONE; SLOTS];
-        let count = match lane.udp.receive(&mut self.inbox, &mut received[..most]) {
-            Ok(count) => count,
-            Err(error) => {
-                match error.kind() {
-                    io::ErrorKind::WouldBlock => {
-                        lane.ready = false;
-                        return Ok(Step::Blocked);
-                    }
-                    io::ErrorKind::Interrupted => {}
-                    _ => self.engine.stats.drops.add(Reason::ReceiveFailed),
+        let mut used = 0;
+        while lane.ready && used < SLOTS {
+            let most = match (self.offloads.batch, lane.is_long) {
+                (false, _) => 1,
+                (true, true) => FEW_SLOTS.min(SLOTS - used),
+                (true, false) => SLOTS - used,
+            };
+            let slots = &mut self.inbox[used * SLOT..];
+            let count = match lane.udp.receive(slots, &mut received[..most]) {
+                Ok(count) => count,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(_) => {
+                    self.engine.stats.drops.add(Reason::ReceiveFailed);
+                    break;
                 }
-                return Ok(Step::Moved);
-            }
-        };
-        let received = &received[..count];
-        let is_long = received.iter().any(|message| message.len >= LONG);
-        lane.slots = if is_long { FEW_SLOTS } else { SLOTS };
-        if count < most {
+            };
             // there was no more, and what comes now is announced
-            lane.ready = false;
-        }
-        self.deliver(received)?;
-        Ok(Step::Moved)
-    }
-
-    /// Gives what was received to the device.
-    fn deliver(&mut self, received: &[Received]) -> Result<(), TunGone> {
-        let mut outlet = Outlet { tun: &self.tun, gone: None, refused: None, delivered: 0, failed: 0 };
-        for (slot, message) in received.iter().enumerate() {
-            let (mut start, end) = (slot * SLOT, slot * SLOT + message.len);
-            if message.len == 0 {
-                // an empty datagram is one, too
-                self.engine.inbound(&mut [], message.from);
-            }
-            while start < end {
-                let next = (start + message.segment).min(end);
-                if let Some(len) = self.engine.inbound(&mut self.inbox[start..next], message.from) {
-                    let inbox = &self.inbox;
-                    self.merger
-                        .push(inbox, start..start + len, &mut |joined| outlet.write(joined, inbox));
+            lane.ready = count == most;
+            lane.is_long = received[..count].iter().any(|message| message.len >= LONG);
+            for (message, slot) in received[..count].iter().zip(used..) {
+                let (mut start, end) = (slot * SLOT, slot * SLOT + message.len);
+                if message.len == 0 {
+                    // an empty datagram is one, too
+                    self.engine.inbound(&mut [], message.from);
                 }
-                start = next;
+                while start < end {
+                    let next = (start + message.segment).min(end);
+                    let datagram = &mut self.inbox[start..next];
+                    if let Some(len) = self.engine.inbound(datagram, message.from) {
+                        let inbox = &self.inbox;
+                        self.merger.push(inbox, start..start + len, &mut |joined| {
+                            outlet.write(joined, inbox);
+                        });
+                    }
+                    start = next;
+                }
+            }
+            used += count;
+            if !lane.is_long || !self.offloads.batch || used >= BURST_SLOTS {
+                break;
             }
         }
         let inbox = &self.inbox;
@@ -593,8 +596,17 @@ impl Plane {
         }
         match gone {
             Some(error) => Err(TunGone(error)),
-            None => Ok(()),
+            None if used > 0 => Ok(Step::Moved),
+            None => Ok(if self.lane_is_ready(family) { Step::Moved } else { Step::Blocked }),
         }
+    }
+
+    fn lane_is_ready(&self, family: Family) -> bool {
+        let lane = match family {
+            Family::V4 => &self.v4,
+            Family::V6 => &self.v6,
+        };
+        lane.as_ref().is_some_and(|lane| lane.ready)
     }
 }
 
@@ -614,7 +626,11 @@ struct Outlet<'a> {
     failed: u64,
 }
 
-impl Outlet<'_> {
+impl<'a> Outlet<'a> {
+    fn new(tun: &'a Tun) -> Self {
+        Self { tun, gone: None, refused: None, delivered: 0, failed: 0 }
+    }
+
     /// A full queue or a device that is down costs the packet; waiting would only move the queue in here.
     fn write(&mut self, joined: Joined<'_>, inbox: &[u8]) {
         let Err(error) = write(self.tun, &joined, inbox) else {
@@ -626,7 +642,8 @@ impl Outlet<'_> {
         } else {
             for single in joined.singles() {
                 let parts = [Part::from_range(&single)];
-                let single = Joined { offload: vnet::Header::default(), headers: &[], parts: &parts };
+                let single =
+                    Joined { offload: vnet::Header::default(), headers: &[], parts: &parts };
                 match write(self.tun, &single, inbox) {
                     Ok(()) => self.delivered += 1,
                     Err(_) => self.failed += 1,

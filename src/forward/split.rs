@@ -63,11 +63,8 @@ impl Split {
             return Err(Malformed);
         }
         let segment = packet.get(transport..).ok_or(Malformed)?;
-        let transport_len = if is_tcp {
-            tcp::header_len(segment).ok_or(Malformed)?
-        } else {
-            udp::HEADER_LEN
-        };
+        let transport_len =
+            if is_tcp { tcp::header_len(segment).ok_or(Malformed)? } else { udp::HEADER_LEN };
         let header_len = transport + transport_len;
         let size = usize::from(offload.segment);
         if header_len > MAX_HEADER_LEN || header_len > packet.len() || size == 0 {
@@ -108,9 +105,15 @@ impl Split {
         sum = checksum::add(sum, checksum::sum(&packet[addresses]));
         sum = checksum::add(sum, u16::from(protocol));
         if is_tcp {
-            split.first_sequence = u32::from_be_bytes([segment[4], segment[5], segment[6], segment[7]]);
+            split.first_sequence =
+                u32::from_be_bytes([segment[4], segment[5], segment[6], segment[7]]);
             split.flags = segment[tcp::FLAGS];
-            for at in [tcp::SEQUENCE.start, tcp::SEQUENCE.start + 2, tcp::DATA_OFFSET, tcp::CHECKSUM.start] {
+            for at in [
+                tcp::SEQUENCE.start,
+                tcp::SEQUENCE.start + 2,
+                tcp::DATA_OFFSET,
+                tcp::CHECKSUM.start,
+            ] {
                 sum = subtract(sum, word(transport + at));
             }
             sum = checksum::add(sum, u16::from(segment[tcp::DATA_OFFSET]) << 8);
@@ -143,7 +146,8 @@ impl Split {
         header.copy_from_slice(&packet[..self.header_len]);
         let payload = &packet[start..end];
         let len = self.header_len + payload.len();
-        #[allow(clippy::cast_possible_truncation)] // a segment is no longer than the packet that it was cut from
+        #[allow(clippy::cast_possible_truncation)]
+        // a segment is no longer than the packet that it was cut from
         let [total_len, transport_len, index, offset] =
             [len, len - self.transport, index, start - self.header_len].map(|value| value as u32);
         #[allow(clippy::cast_possible_truncation)]
@@ -178,6 +182,8 @@ impl Split {
             sum = checksum::add(sum, u16::from(flags));
             put(transport, tcp::CHECKSUM, !sum);
         } else {
+            // the length stands in the pseudo-header and in the header
+            sum = checksum::add(sum, transport_len);
             put(transport, udp::LENGTH, transport_len);
             put(transport, udp::CHECKSUM, udp_checksum(!sum));
         }
@@ -192,7 +198,8 @@ impl Split {
 pub fn complete_checksum(packet: &mut [u8], offload: &Header) -> Result<(), Malformed> {
     let start = usize::from(offload.checksum_start);
     let field = usize::from(offload.checksum_offset);
-    let covered = packet.get_mut(start..).filter(|covered| covered.len() >= field + 2).ok_or(Malformed)?;
+    let covered =
+        packet.get_mut(start..).filter(|covered| covered.len() >= field + 2).ok_or(Malformed)?;
     let checksum = checksum::of(covered);
     let checksum = if field == udp::CHECKSUM.start { udp_checksum(checksum) } else { checksum };
     put(covered, field..field + 2, checksum);

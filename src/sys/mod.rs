@@ -10,3 +10,4 @@ pub mod tcp;
 pub mod time;
 pub mod tun;
 pub mod udp;
+pub mod vector;

@@ -141,8 +141,8 @@ fn attach(file: &File, template: IfName, flags: libc::c_int) -> io::Result<IfNam
     for (to, from) in name_field.iter_mut().zip(template.bytes()) {
         *to = libc::c_char::from_ne_bytes([from]);
     }
-    request.ifr_ifru.ifru_flags =
-        libc::c_short::try_from(libc::IFF_TUN | libc::IFF_NO_PI | flags).map_err(io::Error::other)?;
+    request.ifr_ifru.ifru_flags = libc::c_short::try_from(libc::IFF_TUN | libc::IFF_NO_PI | flags)
+        .map_err(io::Error::other)?;
     // SAFETY: TUNSETIFF reads and writes one ifreq, which lives until the call returns.
     if unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw mut request) } < 0 {
         return Err(io::Error::last_os_error());

@@ -128,12 +128,7 @@ impl UdpPort {
     /// Level, option, default value, and the value for "never longer than the way carries".
     fn discovery(&self) -> (libc::c_int, libc::c_int, libc::c_int, libc::c_int) {
         if self.local.is_ipv4() {
-            (
-                libc::IPPROTO_IP,
-                libc::IP_MTU_DISCOVER,
-                libc::IP_PMTUDISC_WANT,
-                libc::IP_PMTUDISC_DO,
-            )
+            (libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_WANT, libc::IP_PMTUDISC_DO)
         } else {
             (
                 libc::IPPROTO_IPV6,
@@ -233,13 +228,7 @@ fn get(socket: &impl AsRawFd, level: libc::c_int, option: libc::c_int) -> io::Re
     let mut len = size_of::<libc::c_int>() as libc::socklen_t;
     // SAFETY: the descriptor is open while it is borrowed; value and length outlive the call and agree.
     let result = unsafe {
-        libc::getsockopt(
-            socket.as_raw_fd(),
-            level,
-            option,
-            (&raw mut value).cast(),
-            &raw mut len,
-        )
+        libc::getsockopt(socket.as_raw_fd(), level, option, (&raw mut value).cast(), &raw mut len)
     };
     if result == 0 { Ok(value) } else { Err(io::Error::last_os_error()) }
 }
@@ -362,7 +351,8 @@ fn address(name: &libc::sockaddr_in6) -> IpAddr {
 }
 
 /// Offset of the data in an ancillary message.
-const CONTROL_DATA: usize = size_of::<libc::cmsghdr>().next_multiple_of(align_of::<libc::cmsghdr>());
+const CONTROL_DATA: usize =
+    size_of::<libc::cmsghdr>().next_multiple_of(align_of::<libc::cmsghdr>());
 
 /// Writes the ancillary message that makes a run. Returns its length.
 #[inline]

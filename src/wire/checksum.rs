@@ -5,23 +5,21 @@
 //! the machine's own order into lanes of 64 bits, which the compiler turns into vector additions on every architecture
 //! (`cargo bench --bench forward` measures it).
 
+use crate::sys::vector::widest;
+
 /// Words that are summed side by side: enough for two vector registers of 256 bits.
 const LANES: usize = 8;
+/// Blocks from which on it pays to ask for wider vectors.
+const WORTH_IT: usize = 4;
 
 /// One's complement sum over `data`, an odd last byte being padded with a zero on its right.
 ///
 /// `data` is less than 4 GiB long, which a 64-bit accumulator holds without overflow.
 pub fn sum(data: &[u8]) -> u16 {
     let (blocks, rest) = data.as_chunks::<{ 4 * LANES }>();
-    let mut lanes = [0u64; LANES];
-    for block in blocks {
-        let (words, _) = block.as_chunks::<4>();
-        for (lane, word) in lanes.iter_mut().zip(words) {
-            *lane += u64::from(u32::from_ne_bytes(*word));
-        }
-    }
+    let mut total =
+        if blocks.len() < WORTH_IT { add_lanes(blocks) } else { widest(|| add_lanes(blocks)) };
     let (words, rest) = rest.as_chunks::<4>();
-    let mut total: u64 = lanes.iter().sum();
     total += words.iter().map(|word| u64::from(u32::from_ne_bytes(*word))).sum::<u64>();
     let mut last = [0; 4];
     last[..rest.len()].copy_from_slice(rest);
@@ -33,6 +31,18 @@ pub fn sum(data: &[u8]) -> u16 {
     #[allow(clippy::cast_possible_truncation)] // at most 0x1fffe
     let folded = fold(folded as u32);
     u16::from_be(folded)
+}
+
+#[inline(always)] // to be compiled for wide vectors as well
+fn add_lanes(blocks: &[[u8; 4 * LANES]]) -> u64 {
+    let mut lanes = [0u64; LANES];
+    for block in blocks {
+        let (words, _) = block.as_chunks::<4>();
+        for (lane, word) in lanes.iter_mut().zip(words) {
+            *lane += u64::from(u32::from_ne_bytes(*word));
+        }
+    }
+    lanes.iter().sum()
 }
 
 /// The sum of two sums.

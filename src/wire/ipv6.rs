@@ -46,7 +46,11 @@ impl<T: AsRef<[u8]>> Packet<T> {
     /// Not IPv6, or too short.
     pub fn front(buffer: T) -> Result<Self, Malformed> {
         let bytes = buffer.as_ref();
-        if bytes.len() >= HEADER_LEN && bytes[0] >> 4 == 6 { Ok(Self { buffer }) } else { Err(Malformed) }
+        if bytes.len() >= HEADER_LEN && bytes[0] >> 4 == 6 {
+            Ok(Self { buffer })
+        } else {
+            Err(Malformed)
+        }
     }
 
     /// Length of the whole packet in bytes.
@@ -98,7 +102,8 @@ impl<T: AsRef<[u8]>> Packet<T> {
                 0 | 43 | 60 => (*bytes.get(at)?, 8 + 8 * usize::from(*bytes.get(at + 1)?)),
                 // fragment
                 44 => {
-                    let offset = u16::from_be_bytes([*bytes.get(at + 2)?, *bytes.get(at + 3)?]) & !7;
+                    let offset =
+                        u16::from_be_bytes([*bytes.get(at + 2)?, *bytes.get(at + 3)?]) & !7;
                     if offset != 0 {
                         return Some((*bytes.get(at)?, &[]));
                     }
@@ -221,7 +226,12 @@ mod tests {
         assert_eq!(Packet::new(&later[..]).unwrap().upper_layer(), Some((58, &[][..])));
         for cut in 41..bytes.len() - 2 {
             let short = packet(0, &bytes[40..cut]);
-            assert!(Packet::new(&short[..]).unwrap().upper_layer().is_none_or(|(_, rest)| rest.is_empty()));
+            assert!(
+                Packet::new(&short[..])
+                    .unwrap()
+                    .upper_layer()
+                    .is_none_or(|(_, rest)| rest.is_empty())
+            );
         }
         let endless = packet(0, &[0; 100]);
         assert_eq!(Packet::new(&endless[..]).unwrap().upper_layer(), None);
