@@ -4,14 +4,17 @@
 #![allow(clippy::disallowed_methods)] // the tests read the clock
 #![allow(clippy::unwrap_used)] // in the helpers of tests as well
 
+mod model;
+
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::net::{Ipv4Addr, SocketAddrV4, UdpSocket};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use flanneld::forward::{Offloads, Plane, Reason, Settings, Side, Turn};
+use flanneld::forward::{Offload, Offloads, Plane, Reason, Settings, Side, Turn};
 use flanneld::sys::netns;
+use flanneld::sys::udp::{self, UdpPort};
 use flanneld::wire::ipv4;
 use mio::{Events, Poll, Token};
 
@@ -47,6 +50,100 @@ static ALLOCATOR: Counting = Counting;
 
 fn allocations() -> u64 {
     ALLOCATIONS.with(Cell::get)
+}
+
+/// Stands before the C library's functions of the same names, to let them fail as other kernels do.
+mod calls {
+    use std::cell::RefCell;
+    use std::collections::BTreeMap;
+
+    /// What this thread's calls of one function came to, and how the next ones shall fail.
+    #[derive(Default)]
+    struct Plan {
+        count: u64,
+        failures: u64,
+        errno: i32,
+        /// Only calls with this number among their arguments fail.
+        only: Option<i64>,
+    }
+
+    thread_local! {
+        static PLANS: RefCell<BTreeMap<&'static str, Plan>> = const { RefCell::new(BTreeMap::new()) };
+    }
+
+    pub(super) fn fail(name: &'static str, only: Option<i64>, failures: u64, errno: i32) {
+        PLANS.with_borrow_mut(|plans| {
+            let plan = plans.entry(name).or_default();
+            (plan.failures, plan.errno, plan.only) = (failures, errno, only);
+        });
+    }
+
+    pub(super) fn count(name: &'static str) -> u64 {
+        PLANS.with_borrow_mut(|plans| std::mem::take(&mut plans.entry(name).or_default().count))
+    }
+
+    fn is_to_fail(name: &'static str, argument: i64) -> bool {
+        PLANS.with_borrow_mut(|plans| {
+            let Some(plan) = plans.get_mut(name) else { return false };
+            plan.count += 1;
+            let fails = plan.failures > 0 && plan.only.is_none_or(|only| only == argument);
+            if fails {
+                plan.failures -= 1;
+                // SAFETY: the place of errno is this thread's own.
+                unsafe { *libc::__errno_location() = plan.errno };
+            }
+            fails
+        })
+    }
+
+    #[unsafe(no_mangle)]
+    unsafe extern "C" fn sendmmsg(fd: i32, messages: *mut libc::mmsghdr, count: u32, flags: i32) -> i32 {
+        // SAFETY: the caller's promises; a message with a control part is a run.
+        let is_run = unsafe { (*messages).msg_hdr.msg_controllen } > 0;
+        if is_to_fail("sendmmsg", is_run.into()) {
+            return -1;
+        }
+        // SAFETY: the caller's promises are the kernel's.
+        let sent = unsafe { libc::syscall(libc::SYS_sendmmsg, fd, messages, count, flags) };
+        i32::try_from(sent).unwrap()
+    }
+
+    #[unsafe(no_mangle)]
+    unsafe extern "C" fn writev(fd: i32, parts: *const libc::iovec, count: i32) -> isize {
+        if is_to_fail("writev", i64::from(count > 2)) {
+            return -1;
+        }
+        // SAFETY: the caller's promises are the kernel's.
+        let written = unsafe { libc::syscall(libc::SYS_writev, fd, parts, count) };
+        isize::try_from(written).unwrap()
+    }
+
+    #[unsafe(no_mangle)]
+    unsafe extern "C" fn setsockopt(fd: i32, level: i32, name: i32, value: *const libc::c_void, len: u32) -> i32 {
+        if level == libc::SOL_UDP && is_to_fail("setsockopt", name.into()) {
+            return -1;
+        }
+        // SAFETY: the caller's promises are the kernel's.
+        let result = unsafe { libc::syscall(libc::SYS_setsockopt, fd, level, name, value, len) };
+        i32::try_from(result).unwrap()
+    }
+
+    #[unsafe(no_mangle)]
+    unsafe extern "C" fn ioctl(fd: i32, request: u64, argument: usize) -> i32 {
+        const TUNSETIFF: u64 = libc::TUNSETIFF;
+        let number = match request {
+            // the flags of the device, behind its name
+            // SAFETY: the argument of TUNSETIFF is an ifreq.
+            TUNSETIFF => i64::from(unsafe { (*(argument as *const libc::ifreq)).ifr_ifru.ifru_flags }),
+            _ => argument as i64,
+        };
+        if is_to_fail(if request == TUNSETIFF { "TUNSETIFF" } else { "ioctl" }, number) {
+            return -1;
+        }
+        // SAFETY: the caller's promises are the kernel's.
+        let result = unsafe { libc::syscall(libc::SYS_ioctl, fd, request, argument) };
+        i32::try_from(result).unwrap()
+    }
 }
 
 /// One host: the namespace of the calling thread, a plane in it, and the socket that stands for the other host, which
@@ -379,4 +476,213 @@ fn no_allocation_for_a_packet() {
     let probe = allocations();
     drop(Box::new([0u8; 64]));
     assert!(allocations() > probe, "the allocator counts");
+}
+
+/// Lets the container send `count` datagrams of `size` bytes as one super-packet, and returns what the other host gets.
+fn run_out(host: &mut Host, container: &mut UdpPort, count: usize, size: usize) -> Vec<Vec<u8>> {
+    let payload: Vec<u8> = (0..count * size).map(|at| at.to_le_bytes()[1]).collect();
+    let mut burst = container.burst();
+    assert!(burst.add(FAR.into(), Some(u16::try_from(size).unwrap()), [&payload[..]].into_iter()));
+    burst.send().unwrap();
+    (0..count).map(|_| host.at_remote()).collect()
+}
+
+/// Every datagram is one right packet of at most the MTU, and its payload is in order.
+fn check(packets: &[Vec<u8>], size: usize) {
+    for (index, bytes) in packets.iter().enumerate() {
+        let packet = ipv4::Packet::new(&bytes[..]).unwrap();
+        assert_eq!((packet.total_len(), packet.ttl()), (bytes.len(), 63));
+        assert_eq!(bytes.len(), 28 + size);
+        let mut sealed = bytes.clone();
+        model::seal_ip(&mut sealed);
+        model::seal_transport(&mut sealed, 20, 17);
+        assert_eq!(sealed, *bytes, "checksums");
+        let expected: Vec<u8> = (index * size..(index + 1) * size).map(|at| at.to_le_bytes()[1]).collect();
+        assert_eq!(packet.payload()[8..], expected);
+    }
+}
+
+/// A run of right packets, as another host sends it; the container must get every payload.
+fn run_in(host: &mut Host, container: &mut UdpPort, count: usize, size: usize) {
+    let packets: Vec<u8> = (0..count)
+        .flat_map(|index| {
+            let mut bytes = packet(FAR, CONTAINER, 64, &vec![index.to_le_bytes()[0]; size]);
+            bytes[4..6].copy_from_slice(&u16::try_from(index).unwrap().to_be_bytes());
+            model::seal_ip(&mut bytes);
+            model::seal_transport(&mut bytes, 20, 17);
+            bytes
+        })
+        .collect();
+    let mut far = UdpPort::bind("127.0.0.2:0".parse().unwrap()).unwrap();
+    let mut burst = far.burst();
+    let segment = u16::try_from(28 + size).unwrap();
+    assert!(burst.add(LOCAL.into(), Some(segment), [&packets[..]].into_iter()));
+    burst.send().unwrap();
+    let mut buffer = vec![0; udp::SLOT];
+    for index in 0..count {
+        let mut received = [udp::Received::NONE];
+        host.until(|_| container.receive(&mut buffer, &mut received).ok());
+        assert_eq!(received[0].len, size, "datagram {index}");
+        assert_eq!(buffer[..size], vec![index.to_le_bytes()[0]; size]);
+    }
+}
+
+fn gso_container() -> UdpPort {
+    UdpPort::bind(CONTAINER.into()).unwrap()
+}
+
+#[test]
+fn super_packets_both_ways_are_few_calls() {
+    let mut host = Host::start();
+    assert_eq!(host.plane.offloads(), Offloads::ALL, "this kernel has them all");
+    let mut container = gso_container();
+    (calls::fail("sendmmsg", None, 0, 0), calls::fail("writev", None, 0, 0));
+    let packets = run_out(&mut host, &mut container, 40, 1000);
+    check(&packets, 1000);
+    let calls = calls::count("sendmmsg");
+    assert_eq!(calls, 2, "the container's and ours");
+    assert_eq!(host.plane.engine.stats.sent, 40);
+    run_in(&mut host, &mut container, 40, 1000);
+    assert_eq!((calls::count("writev"), host.plane.engine.stats.delivered), (1, 40));
+}
+
+#[test]
+fn each_way_can_be_switched_off() {
+    for (off, name) in Offload::ALL {
+        let mut offloads = Offloads::ALL;
+        offloads.set(off, false);
+        let mut host = Host::start_with(offloads);
+        assert_eq!(host.plane.offloads(), offloads, "{name}");
+        let mut container = gso_container();
+        check(&run_out(&mut host, &mut container, 40, 1000), 1000);
+        run_in(&mut host, &mut container, 40, 1000);
+        let stats = host.plane.engine.stats;
+        assert_eq!((stats.sent, stats.delivered, stats.drops), (40, 40, Default::default()), "{name}");
+    }
+    let mut host = Host::start_with(Offloads::NONE);
+    assert!(!host.plane.tun().has_vnet());
+    let mut container = gso_container();
+    check(&run_out(&mut host, &mut container, 40, 1000), 1000);
+    run_in(&mut host, &mut container, 40, 1000);
+}
+
+/// What kernels without one or the other say.
+#[test]
+fn old_kernels() {
+    let started = || Host::start().plane.offloads();
+    let all = Offloads::ALL;
+    calls::fail("setsockopt", Some(libc::UDP_SEGMENT.into()), 9, libc::ENOPROTOOPT);
+    assert_eq!(started(), Offloads { gso: false, ..all }, "before 4.18");
+    calls::fail("setsockopt", Some(libc::UDP_GRO.into()), 9, libc::ENOPROTOOPT);
+    assert_eq!(started(), Offloads { gro: false, ..all }, "before 5.0");
+    calls::fail("setsockopt", None, 0, 0);
+    // with and without TCP
+    calls::fail("ioctl", Some(0x6f), 9, libc::EINVAL);
+    let old = Offloads { uso: false, ..all };
+    let mut host = Host::start();
+    assert_eq!(host.plane.offloads(), old, "before 6.2");
+    calls::fail("ioctl", None, 0, 0);
+    calls::fail("writev", None, 0, 0);
+    let mut container = gso_container();
+    run_in(&mut host, &mut container, 10, 100);
+    assert_eq!(calls::count("writev"), 10, "what the kernel does not cut it does not take");
+    let vnet = i64::from(libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_VNET_HDR);
+    calls::fail("TUNSETIFF", Some(vnet), 9, libc::EINVAL);
+    let none = Offloads { gso: true, gro: true, batch: true, ..Offloads::NONE };
+    assert_eq!(started(), none, "without virtio-net headers");
+}
+
+#[test]
+fn a_refused_run_is_sent_singly_and_given_up_if_it_must_be() {
+    for (errno, failures, given_up) in [
+        (libc::EIO, 1, true), // the interface computes no checksums
+        (libc::EINVAL, 1, false),
+        (libc::EMSGSIZE, 3, false),
+        (libc::ENOBUFS, 15, false),
+        (libc::EINVAL, 16, true),
+    ] {
+        let mut host = Host::start();
+        let mut container = gso_container();
+        for round in 1..=failures + 1 {
+            let before = host.plane.engine.stats.sent;
+            // the container's own run goes out before
+            let payload = [0x5a; 4000];
+            let mut burst = container.burst();
+            assert!(burst.add(FAR.into(), Some(1000), [&payload[..]].into_iter()));
+            burst.send().unwrap();
+            calls::fail("sendmmsg", Some(1), u64::from(round <= failures), errno);
+            (0..4).for_each(|_| assert_eq!(host.at_remote().len(), 1028));
+            assert_eq!(host.plane.engine.stats.sent - before, 4);
+        }
+        calls::fail("sendmmsg", None, 0, 0);
+        assert_eq!(host.plane.engine.stats.drops, Default::default());
+        assert_eq!(host.plane.offloads().gso, !given_up, "{errno} {failures} times");
+        let demotion = host.plane.poll_demotion();
+        assert_eq!(demotion.is_some(), given_up);
+        if let Some(demotion) = demotion {
+            assert_eq!(demotion.offload, Offload::Gso);
+            assert_eq!(demotion.error.raw_os_error(), Some(errno));
+        }
+    }
+}
+
+#[test]
+fn a_refused_super_packet_is_delivered_singly() {
+    for (errno, given_up) in [(libc::EINVAL, true), (libc::ENOMEM, false)] {
+        let mut host = Host::start();
+        let mut container = gso_container();
+        calls::fail("writev", Some(1), 1, errno);
+        run_in(&mut host, &mut container, 40, 1000);
+        let stats = host.plane.engine.stats;
+        assert_eq!((stats.delivered, stats.drops), (40, Default::default()));
+        assert_eq!(host.plane.offloads().merge, !given_up);
+        let demotion = host.plane.poll_demotion();
+        assert_eq!(demotion.map(|demotion| demotion.offload), given_up.then_some(Offload::Merge));
+        run_in(&mut host, &mut container, 40, 1000);
+    }
+}
+
+/// The way to the other host carries less than the device: senders hear how much, and nothing that may be cut is lost.
+#[test]
+fn the_ways_mtu() {
+    let mut host = Host::start();
+    run("ip route replace local 127.0.0.2 dev lo mtu lock 1000");
+    // a packet that must not be fragmented: the sender's kernel hears of it, and sends others
+    let container = container();
+    let long = [0x5a; 1200];
+    container.send_to(&long, FAR).unwrap();
+    host.until(|host| (host.plane.engine.stats.replies == 1).then_some(()));
+    let said = run_for("ip route get 10.5.2.7");
+    assert!(said.contains("mtu 972"), "{said}");
+    assert_eq!(host.plane.engine.stats.drops.count(Reason::TooBig), 1);
+    container.send_to(&long, FAR).unwrap();
+    let fragments = [host.at_remote(), host.at_remote()];
+    assert!(fragments.iter().all(|fragment| fragment.len() <= 972 && fragment[6] & 0x40 == 0));
+    // one that may be: it goes in fragments, whole
+    let other = SocketAddrV4::new([10, 5, 2, 8].into(), 9);
+    let may_be_cut = packet(CONTAINER, other, 64, &long);
+    assert_eq!(may_be_cut[6], 0);
+    raw(&may_be_cut, *other.ip());
+    assert_eq!(host.at_remote().len(), 1228);
+}
+
+fn run_for(command: &str) -> String {
+    let mut words = command.split(' ');
+    let output = Command::new(words.next().unwrap()).args(words).output().unwrap();
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// Sends a packet as it is.
+fn raw(bytes: &[u8], destination: Ipv4Addr) {
+    // SAFETY: system calls on a descriptor of our own and on memory that outlives them.
+    unsafe {
+        let fd = libc::socket(libc::AF_INET, libc::SOCK_RAW, libc::IPPROTO_RAW);
+        assert!(fd >= 0);
+        let mut to: libc::sockaddr_in = std::mem::zeroed();
+        to.sin_family = libc::AF_INET as u16;
+        to.sin_addr.s_addr = u32::from_ne_bytes(destination.octets());
+        let sent = libc::sendto(fd, bytes.as_ptr().cast(), bytes.len(), 0, (&raw const to).cast(), 16);
+        assert_eq!(usize::try_from(sent), Ok(bytes.len()), "{}", std::io::Error::last_os_error());
+        libc::close(fd);
+    }
 }
