@@ -40,16 +40,17 @@ fn all_pairs(api: &str, families: &str, backend: &str) -> (World, Vec<Host>) {
     (world, hosts)
 }
 
-/// Some megabytes by TCP.
+/// Some megabytes by TCP, in each family.
 fn transfer(from: &Host, to: &Host) {
-    let ip = to.container_ip().or(to.container_ip6()).unwrap();
-    let mut server = to.container_command("iperf3");
-    let _server = super::world::Process::start(
-        "iperf3",
-        server.args(["-s", "-1"]).stdout(std::process::Stdio::null()),
-    );
-    let client = format!("iperf3 -c {ip} -n 4M --connect-timeout 1000");
-    until("the transfer", PATIENCE, || from.try_in_container(&client).is_ok());
+    for ip in [to.container_ip(), to.container_ip6()].into_iter().flatten() {
+        let mut server = to.container_command("iperf3");
+        let _server = super::world::Process::start(
+            "iperf3",
+            server.args(["-s", "-1"]).stdout(std::process::Stdio::null()),
+        );
+        let client = format!("iperf3 -c {ip} -n 4M --connect-timeout 1000");
+        until("the transfer", PATIENCE, || from.try_in_container(&client).is_ok());
+    }
 }
 
 #[test]
@@ -144,4 +145,20 @@ fn alloc_gives_a_subnet_and_touches_nothing() {
         );
         drop(etcd);
     }
+}
+
+#[test]
+fn udp_dual_stack() {
+    all_pairs("v3", DUAL, r#"{"Type":"udp"}"#);
+}
+
+#[test]
+fn udp_v6_alone() {
+    all_pairs("v3", V6, r#"{"Type":"udp"}"#);
+}
+
+#[test]
+fn udp_dual_stack_without_offloads() {
+    let off = r#"{"TSO":false,"USO":false,"Merge":false,"GSO":false,"GRO":false,"Batch":false}"#;
+    all_pairs("v3", DUAL, &format!(r#"{{"Type":"udp","Offloads":{off}}}"#));
 }

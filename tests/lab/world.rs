@@ -314,6 +314,22 @@ impl Host {
         command
     }
 
+    /// A thread in the host's network namespace.
+    pub fn thread<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> thread::JoinHandle<T> {
+        spawn_in(format!("{}{}", self.world, self.name), work)
+    }
+
+    /// A thread in the container's network namespace.
+    pub fn container_thread<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> thread::JoinHandle<T> {
+        spawn_in(format!("{}c{}", self.world, self.number), work)
+    }
+
     pub fn subnet_file(&self) -> PathBuf {
         self.dir.join("subnet.env")
     }
@@ -405,6 +421,16 @@ impl Host {
         let v6 = self.run("ip -6 route show proto 241");
         self.run("ip -4 route show proto 241") + &v6
     }
+}
+
+fn spawn_in<T: Send + 'static>(
+    namespace: String,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> thread::JoinHandle<T> {
+    thread::spawn(move || {
+        flanneld::sys::netns::enter(&namespace).unwrap();
+        work()
+    })
 }
 
 /// One life of an agent.
