@@ -19,7 +19,7 @@ test: root deps ## all tests; installs what it needs; runs as root
 	cargo test --locked
 	cargo test --locked --doc
 
-bench: root deps ## starts and costs at scale
+bench: root deps ## starts, costs at scale, throughput of the tunnel
 	cargo bench --locked
 
 lint: ## format, clippy and documentation, as CI checks them

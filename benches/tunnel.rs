@@ -3,6 +3,8 @@
 //!
 //! One row is one way; all rows come from one run on one machine, and the ratios are what counts. Sender, receiver and both
 //! agents share the machine's processors. "CPU" is the time of all processors, whoever used it, over one TCP stream.
+//! Every figure is the median of `ROUNDS` (3) rounds through all ways, so that what else the machine does falls on all of
+//! them alike. `ONLY="vxlan|udp, all"` measures these only.
 #![allow(clippy::print_stdout, clippy::unwrap_used, clippy::disallowed_methods)]
 
 #[path = "../tests/lab/world.rs"]
@@ -68,19 +70,30 @@ fn main() {
         "{:14} {:>8} {:>8} {:>10} {:>10} {:>6} {:>10} {:>6} {:>8} {:>8}",
         "", "Gbit/s", "Gbit/s", "ms/Gbit", "packets/s", "%", "packets/s", "%", "us", "us"
     );
-    for (name, backend) in ways {
-        let row = measure(backend.as_deref());
+    let rounds: usize = std::env::var("ROUNDS").map_or(3, |text| text.parse().unwrap());
+    let mut rows: Vec<Vec<Row>> = vec![Vec::new(); ways.len()];
+    for _ in 0..rounds {
+        for ((_, backend), rows) in ways.iter().zip(&mut rows) {
+            rows.push(measure(backend.as_deref()));
+        }
+    }
+    for ((name, _), rows) in ways.iter().zip(&rows) {
+        let median = |figure: &dyn Fn(&Row) -> f64| {
+            let mut figures: Vec<f64> = rows.iter().map(figure).collect();
+            figures.sort_by(f64::total_cmp);
+            figures[figures.len() / 2]
+        };
         println!(
             "{name:14} {:>8.2} {:>8.2} {:>10.0} {:>10.0} {:>6.1} {:>10.0} {:>6.1} {:>8.1} {:>8.1}",
-            row.tcp[0],
-            row.tcp[1],
-            row.cpu,
-            row.udp[0].0,
-            row.udp[0].1,
-            row.udp[1].0,
-            row.udp[1].1,
-            row.latency[0],
-            row.latency[1]
+            median(&|row| row.tcp[0]),
+            median(&|row| row.tcp[1]),
+            median(&|row| row.cpu),
+            median(&|row| row.udp[0].0),
+            median(&|row| row.udp[0].1),
+            median(&|row| row.udp[1].0),
+            median(&|row| row.udp[1].1),
+            median(&|row| row.latency[0]),
+            median(&|row| row.latency[1])
         );
     }
 }

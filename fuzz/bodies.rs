@@ -4,7 +4,7 @@
 #![allow(dead_code, unreachable_pub)] // each target runs one
 
 use flanneld::forward::{Joined, Kinds, Merger, Split, complete_checksum};
-use flanneld::wire::vnet::{self, Header, Kind};
+use flanneld::wire::vnet::{Header, Kind};
 use flanneld::wire::{icmp, icmpv6, ip, ipv4, ipv6, tcp};
 
 use crate::model;
@@ -30,7 +30,7 @@ pub fn headers(data: &[u8]) {
     if let Some(len) = tcp::header_len(data) {
         assert!((20..=60).contains(&len) && len <= data.len());
     }
-    if let Some(Ok(header)) = data.first_chunk().map(vnet::Header::parse) {
+    if let Some(Ok(header)) = data.first_chunk().map(Header::parse) {
         assert_eq!(Header::parse(&header.to_bytes()), Ok(header));
     }
 }

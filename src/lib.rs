@@ -11,11 +11,11 @@
 //!     +-- http             non-blocking HTTP/1.1 over mio, TLS included
 //!     +-- backend          which kernel objects a lease needs (vxlan, host-gw, udp, alloc)
 //!     +-- kernel           desired state against actual state, over netlink
-//!     +-- health, notify   /healthz, /readyz, sd_notify
+//!     +-- health, notify   /healthz, /readyz, /status, sd_notify
 //!     +-- subnet_file, view    what is told to others on this host, and to our next life
 //!     |
 //!   lease                  leases, subnet keys, the table of peers and its differences
-//!   forward -> wire        the udp backend's data plane, and the packet headers it reads
+//!   forward -> wire        the udp backend's data plane: decide, cut, join; and the packet headers it reads
 //!   sys                    every unsafe block and system call
 //! ```
 //!

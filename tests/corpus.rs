@@ -14,7 +14,7 @@ fn replay(name: &str, body: fn(&[u8])) {
     for entry in fs::read_dir(directory).unwrap() {
         let path = entry.unwrap().path();
         let data = fs::read(&path).unwrap();
-        println!("{}", path.display()); // shown when it fails
+        eprintln!("{}", path.display()); // shown when it fails
         body(&data);
         inputs += 1;
     }

@@ -78,6 +78,8 @@ pub struct Plane {
     /// The socket is full: nothing is read from the device.
     full: bool,
     tun_ready: bool,
+    /// There was nothing for a while: the first packet does not wait for others.
+    tun_rested: bool,
     refused_runs: u32,
     inbox: Box<[u8]>,
     merger: Merger,
@@ -98,8 +100,17 @@ struct Watch {
 struct Lane {
     udp: UdpPort,
     ready: bool,
+    /// How many messages to ask for: many only if many wait, and are short.
+    most: usize,
     /// Were the last messages long runs?
     is_long: bool,
+}
+
+impl Lane {
+    /// Messages of one burst.
+    fn limit(&self) -> usize {
+        if self.is_long { BURST_SLOTS } else { SLOTS }
+    }
 }
 
 /// What one step found.
@@ -155,7 +166,7 @@ impl Plane {
         let tun = Tun::open(template, offloads.need_vnet())?;
         let lane = |local: IpAddr| {
             let udp = UdpPort::bind(SocketAddr::new(local, *port))?;
-            io::Result::Ok(Lane { udp, ready: true, is_long: false })
+            io::Result::Ok(Lane { udp, ready: true, most: FEW_SLOTS, is_long: false })
         };
         let routes = Routes { v4: v4.as_ref().map(Side::table), v6: v6.as_ref().map(Side::table) };
         let mut plane = Self {
@@ -172,6 +183,7 @@ impl Plane {
             outbox: Outbox::new(1),
             full: false,
             tun_ready: true,
+            tun_rested: true,
             refused_runs: 0,
             inbox: vec![0; SLOTS * SLOT].into(),
             merger: Merger::new(Kinds { tcp: false, udp: false }),
@@ -241,6 +253,7 @@ impl Plane {
     /// The device may have packets for us.
     pub fn tun_is_ready(&mut self) {
         self.tun_ready = true;
+        self.tun_rested = true;
     }
 
     /// A socket may have packets for us, or room for ours.
@@ -358,7 +371,7 @@ impl Plane {
                 }
                 verdict => self.answer(verdict)?,
             }
-            if !self.offloads.batch {
+            if std::mem::take(&mut self.tun_rested) || !self.offloads.batch {
                 return Ok(());
             }
         }
@@ -542,12 +555,8 @@ impl Plane {
         let mut outlet = Outlet::new(&self.tun);
         let mut received = [Received::NONE; SLOTS];
         let mut used = 0;
-        while lane.ready && used < SLOTS {
-            let most = match (self.offloads.batch, lane.is_long) {
-                (false, _) => 1,
-                (true, true) => FEW_SLOTS.min(SLOTS - used),
-                (true, false) => SLOTS - used,
-            };
+        while lane.ready && used < if self.offloads.batch { lane.limit() } else { 1 } {
+            let most = if self.offloads.batch { lane.most.min(SLOTS - used) } else { 1 };
             let slots = &mut self.inbox[used * SLOT..];
             let count = match lane.udp.receive(slots, &mut received[..most]) {
                 Ok(count) => count,
@@ -561,6 +570,7 @@ impl Plane {
             // there was no more, and what comes now is announced
             lane.ready = count == most;
             lane.is_long = received[..count].iter().any(|message| message.len >= LONG);
+            lane.most = if lane.ready && !lane.is_long { SLOTS } else { FEW_SLOTS };
             for (message, slot) in received[..count].iter().zip(used..) {
                 let (mut start, end) = (slot * SLOT, slot * SLOT + message.len);
                 if message.len == 0 {
@@ -580,9 +590,6 @@ impl Plane {
                 }
             }
             used += count;
-            if !lane.is_long || !self.offloads.batch || used >= BURST_SLOTS {
-                break;
-            }
         }
         let inbox = &self.inbox;
         self.merger.flush(&mut |joined| outlet.write(joined, inbox));

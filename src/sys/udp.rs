@@ -8,6 +8,8 @@
 //!   MTUs (`net.ipv4.ip_no_pmtu_disc`), this socket does not either.
 
 #![allow(unsafe_code)]
+// sizes and constants have types of their own in each C library
+#![allow(clippy::cast_possible_truncation, clippy::unnecessary_cast)]
 
 use std::fmt;
 use std::io;
@@ -91,7 +93,7 @@ impl UdpPort {
         buffer::grow_receive(&socket, RECEIVE_BUFFER);
         buffer::grow_send(&socket, SEND_BUFFER);
         // SAFETY: integers, byte arrays and raw pointers, for all of which zeroes are a value.
-        let arrays = unsafe { Box::<Arrays>::new_zeroed().assume_init() };
+        let arrays = Box::new(unsafe { std::mem::zeroed::<Arrays>() });
         let mut port = Self { socket, local: address, strict: false, arrays };
         let (level, option, default, _) = port.discovery();
         if port.get(level, option).is_ok_and(|value| value == default) {

@@ -145,7 +145,8 @@ fn a_long_transfer_stays_whole_whatever_happens() {
         let key = format!("10.5.{}.0-24", 240 + number);
         let before = status(&hosts[0], "peers");
         etcd.put_lease(&key, &format!(r#"{{"PublicIP":"192.168.77.{}"}}"#, 100 + number));
-        let seen = until("the peer", Duration::from_secs(5), || status(&hosts[0], "peers") != before);
+        let seen =
+            until("the peer", Duration::from_secs(5), || status(&hosts[0], "peers") != before);
         assert!(seen < Duration::from_secs(1), "a lease took {seen:?}");
         etcd.delete_lease(&key);
         until("its end", Duration::from_secs(5), || status(&hosts[0], "peers") == before);
@@ -175,7 +176,7 @@ fn a_long_transfer_stays_whole_whatever_happens() {
     again.wait_ready();
     thread::sleep(Duration::from_millis(300));
     let gap = gap.stop();
-    println!("kill -9 and start again: {gap:?} without a packet");
+    eprintln!("kill -9 and start again: {gap:?} without a packet");
     assert!(gap < Duration::from_secs(2), "{gap:?}");
     assert_eq!(status(&hosts[0], "offloads"), "TSO USO Merge GSO GRO Batch");
     progress(10);
