@@ -47,9 +47,9 @@ pub fn split(data: &[u8]) {
     let mut out = vec![0; split.header_len()];
     let payload: usize = (0..count).map(|index| split.segment(packet, index, &mut out).len()).sum();
     assert_eq!(payload + split.header_len(), packet.len());
-    // the model takes neither packets with bytes behind them nor IPv6 extension headers that it would have to seal
-    let is_whole = ip::Packet::new(packet).is_ok_and(|whole| whole.total_len() == packet.len());
-    if is_whole && count < 100 {
+    // what extension headers do to the pseudo-header is known to the kernel alone
+    let is_plain = packet[0] >> 4 == 4 || header.checksum_start == 40;
+    if is_plain && count < 100 {
         let expected = model::expand(&Header { kind: header.kind, ..header }, packet);
         assert_eq!(expected.len(), count);
         for (index, expected) in expected.iter().enumerate() {

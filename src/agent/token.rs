@@ -12,8 +12,10 @@ pub(super) const NETLINK_REPLIES: Token = Token(2);
 pub(super) const NETLINK_NOTICES: Token = Token(3);
 /// The udp backend's TUN device.
 pub(super) const TUN: Token = Token(4);
-/// The udp backend's socket.
-pub(super) const UDP: Token = Token(5);
+/// The udp backend's IPv4 socket.
+pub(super) const UDP_V4: Token = Token(5);
+/// The udp backend's IPv6 socket.
+pub(super) const UDP_V6: Token = Token(6);
 /// The health server: its listener and connections use tokens from here up to [`HTTP`].
 pub(super) const HEALTH: usize = 0x100;
 /// The store's HTTP client uses tokens from here up.

@@ -12,7 +12,7 @@ use mio::{Registry, Token};
 
 use super::{Fatal, token};
 use crate::backend::Backend;
-use crate::forward::{Drops, Offload, Plane, Reason, Settings, Stats, Turn};
+use crate::forward::{Drops, Family, Offload, Plane, Reason, Settings, Stats, Turn};
 use crate::lease::Subnets;
 
 /// A `%d` becomes the first free number, as with Go nodes.
@@ -45,7 +45,7 @@ impl Tunnel {
         backend.set_tun(plane.tun().name());
         info!("{}", describe(&plane, &settings));
         plane
-            .register(registry, token::TUN, token::UDP)
+            .register(registry, token::TUN, [token::UDP_V4, token::UDP_V6])
             .map_err(|error| Fatal(format!("watch the tunnel's descriptors: {error}")))?;
         Ok(Some(Self {
             plane,
@@ -76,15 +76,16 @@ impl Tunnel {
 
     /// An event of one of our descriptors.
     pub(super) fn handle_ready(&mut self, token: Token) {
-        if token == token::TUN {
-            self.plane.tun_is_ready();
-        } else {
-            self.plane.udp_is_ready();
+        match token {
+            token::TUN => self.plane.tun_is_ready(),
+            token::UDP_V4 => self.plane.udp_is_ready(Family::V4),
+            _ => self.plane.udp_is_ready(Family::V6),
         }
     }
 
     /// Moves packets. Returns whether the device was made anew, so that it must be set up again.
     pub(super) fn turn(&mut self, backend: &mut dyn Backend, now: Instant) -> bool {
+        self.tell_drops(now);
         if let Some(at) = self.reopen_at {
             return at <= now && self.reopen(backend, now);
         }
@@ -104,7 +105,6 @@ impl Tunnel {
                 demotion.error
             );
         }
-        self.tell_drops(now);
         let Some(error) = gone else { return false };
         warn!("device {} is gone: {error}; making it anew", self.plane.tun().name());
         self.more = false;

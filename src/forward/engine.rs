@@ -130,25 +130,25 @@ impl Engine {
         Outbound::Send { to, len: packet.total_len() }
     }
 
-    /// The packet that begins with `front` is longer than the way to its host carries, which is packets of `mtu` bytes.
-    /// `None` says that it must be carried all the same, in fragments: it does not ask for anything else, or it is as short
-    /// as every IPv6 link must carry.
+    /// The packet that begins with `front` is longer than the way to its host carries: it is dropped, and its sender told of
+    /// the MTU that `mtu` finds out. Not for one that [may be carried in fragments](may_be_cut).
     pub fn too_big(
         &mut self,
         front: &[u8],
-        mtu: u16,
+        mtu: impl FnOnce() -> u16,
         reply: &mut ReplyBuffer,
         now: Instant,
-    ) -> Option<Outbound> {
-        let mtu = match Packet::front(front) {
-            Ok(Packet::V4(packet)) if !packet.dont_fragment() => return None,
-            Ok(Packet::V6(packet)) if packet.total_len() <= ipv6::MIN_MTU => return None,
-            // hosts are told of no less than they must be able to use
-            Ok(Packet::V6(_)) => mtu.max(1280),
-            _ => mtu,
-        };
+    ) -> Outbound {
         self.stats.drops.add(Reason::TooBig);
-        Some(self.refuse(icmp::Error::TooBig { mtu }, front, reply, now))
+        if !self.too_big.allow(now) {
+            return Outbound::Drop;
+        }
+        let mtu = match ip::version(front) {
+            // hosts are told of no less than they must be able to use
+            6 => mtu().max(1280),
+            _ => mtu(),
+        };
+        message(icmp::Error::TooBig { mtu }, front, reply).map_or(Outbound::Drop, Outbound::Reply)
     }
 
     /// There is no way to the host of the packet that begins with `front`.
@@ -200,21 +200,31 @@ impl Engine {
         reply: &mut ReplyBuffer,
         now: Instant,
     ) -> Outbound {
-        let len = match Packet::front(front) {
-            Ok(Packet::V4(packet)) => reply
-                .first_chunk_mut()
-                .and_then(|reply| error.reply(&packet, packet.destination(), reply)),
-            Ok(Packet::V6(packet)) => icmpv6::reply(error, &packet, packet.destination(), reply),
-            Err(_) => None,
-        };
-        let limiter = match error {
-            icmp::Error::TooBig { .. } => &mut self.too_big,
-            _ => &mut self.refusals,
-        };
-        match len {
-            Some(len) if limiter.allow(now) => Outbound::Reply(len),
+        match message(error, front, reply) {
+            Some(len) if self.refusals.allow(now) => Outbound::Reply(len),
             _ => Outbound::Drop,
         }
+    }
+}
+
+/// Writes what the source of a packet that begins with `front` is told. Returns its length.
+fn message(error: icmp::Error, front: &[u8], reply: &mut ReplyBuffer) -> Option<usize> {
+    match Packet::front(front) {
+        Ok(Packet::V4(packet)) => {
+            error.reply(&packet, packet.destination(), reply.first_chunk_mut()?)
+        }
+        Ok(Packet::V6(packet)) => icmpv6::reply(error, &packet, packet.destination(), reply),
+        Err(_) => None,
+    }
+}
+
+/// May the packet that begins with `front` be carried in fragments, if it is too long for its way? It does not ask for anything
+/// else, or it is as short as every IPv6 link must carry.
+pub fn may_be_cut(front: &[u8]) -> bool {
+    match Packet::front(front) {
+        Ok(Packet::V4(packet)) => !packet.dont_fragment(),
+        Ok(Packet::V6(packet)) => packet.total_len() <= ipv6::MIN_MTU,
+        Err(_) => false,
     }
 }
 
@@ -321,14 +331,13 @@ mod tests {
     fn too_big_is_told_when_it_must_not_be_fragmented() {
         let (mut engine, mut reply) = (engine(), [0; icmpv6::MAX_ERROR_LEN]);
         let mut bytes = packet([10, 5, 2, 7], 64);
-        assert_eq!(engine.too_big(&bytes, 1472, &mut reply, Instant::now()), None);
+        assert!(may_be_cut(&bytes));
         bytes[6] = 0x40;
+        assert!(!may_be_cut(&bytes));
         // the front of it is enough
         let front = &bytes[..28];
-        assert_eq!(
-            engine.too_big(front, 1472, &mut reply, Instant::now()),
-            Some(Outbound::Reply(56))
-        );
+        let verdict = engine.too_big(front, || 1472, &mut reply, Instant::now());
+        assert_eq!(verdict, Outbound::Reply(56));
         assert_eq!(reply[20..22], [3, 4]);
         assert_eq!(reply[26..28], [0x05, 0xc0]);
         assert_eq!(engine.stats.drops.count(Reason::TooBig), 1);
@@ -389,11 +398,11 @@ mod tests {
     fn ipv6_is_told_of_no_less_than_1280() {
         let (mut engine, mut reply) = (engine(), [0; icmpv6::MAX_ERROR_LEN]);
         let long = packet6("fd00:5:0:2::7", 64, 1300);
-        let verdict = engine.too_big(&long, 1000, &mut reply, Instant::now());
-        assert_eq!(verdict, Some(Outbound::Reply(1280)));
+        let verdict = engine.too_big(&long, || 1000, &mut reply, Instant::now());
+        assert_eq!((verdict, may_be_cut(&long)), (Outbound::Reply(1280), false));
         assert_eq!((reply[40], &reply[44..48]), (2, &1280u32.to_be_bytes()[..]));
         let short = packet6("fd00:5:0:2::7", 64, 1240);
-        assert_eq!(engine.too_big(&short, 1000, &mut reply, Instant::now()), None);
+        assert!(may_be_cut(&short));
     }
 
     #[test]

@@ -21,12 +21,12 @@ mod split;
 mod stats;
 mod table;
 
-pub use self::engine::{Engine, Outbound, ReplyBuffer, Routes};
+pub use self::engine::{Engine, Outbound, ReplyBuffer, Routes, may_be_cut};
 pub use self::limit::Limiter;
 pub use self::merge::{Joined, Kinds, Merger, Part};
 pub use self::offload::{Offload, Offloads};
 pub use self::outbox::{Outbox, Run};
-pub use self::plane::{Demotion, Plane, Settings, Side, TunGone, Turn};
+pub use self::plane::{Demotion, Family, Plane, Settings, Side, TunGone, Turn};
 pub use self::split::{MAX_HEADER_LEN, Split, complete_checksum};
 pub use self::stats::{Drops, Reason, Stats};
 pub use self::table::{Address, Table};

@@ -11,8 +11,9 @@ use super::split::{self, Split};
 use crate::wire::vnet::{self, Header, Kind};
 use crate::wire::{Malformed, ipv4};
 
-/// Datagrams in a run, at most: kernels before 6.9 take no more (`UDP_MAX_SEGMENTS`).
-pub(super) const MAX_SEGMENTS: usize = 64;
+/// Datagrams in a run, at most. Kernels before 6.9 take 64 (`UDP_MAX_SEGMENTS`), those before 5.16 one less if all are of the
+/// same length, for they counted a header in.
+pub(super) const MAX_SEGMENTS: usize = 63;
 /// Payload bytes of a run, at most: what fits into one UDP datagram over IPv4.
 const MAX_RUN_LEN: usize = 65_507;
 /// Room for one packet and what goes before it.
@@ -21,11 +22,12 @@ const READ: usize = vnet::LEN + ipv4::MAX_LEN;
 /// out of the processor's cache meanwhile.
 const ENOUGH: usize = 128 * 1024;
 /// Parts of packets that are gathered before they are sent: as many small packets, which is about a tenth of a millisecond.
-const MANY: usize = 256;
-/// Headers of the segments of one super-packet: TCP may be told to make them 48 bytes small.
-const HEADERS: usize = 160 * 1024;
+pub(super) const MANY: usize = 256;
+/// Headers of the segments of one super-packet. A peer may make TCP send 24 bytes of payload at a time, with time stamps and
+/// one block of selective acknowledgment; fewer are a hostile peer's, and its packets are dropped.
+const HEADERS: usize = 256 * 1024;
 /// Parts of datagrams, at most: each has headers and a payload.
-const MAX_PARTS: usize = 4096;
+const MAX_PARTS: usize = 6144;
 
 /// Datagrams of equal length, but for the last, which may be shorter, to one host.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -52,11 +52,14 @@ impl Split {
             Kind::Udp => false,
             _ => return Err(Malformed),
         };
-        let ip_len = if is_v4 {
-            ipv4::Packet::new(packet)?.header_len()
-        } else {
-            ipv6::Packet::new(packet).map(|_| ipv6::HEADER_LEN)?
+        let whole = ip::Packet::new(packet)?;
+        let ip_len = match &whole {
+            ip::Packet::V4(packet) => packet.header_len(),
+            ip::Packet::V6(_) => ipv6::HEADER_LEN,
         };
+        if whole.total_len() != packet.len() || packet.len() > ipv4::MAX_LEN {
+            return Err(Malformed);
+        }
         let transport = usize::from(offload.checksum_start);
         // extension headers may stand between; IPv4 options are part of the header
         if transport < ip_len || (is_v4 && transport != ip_len) {
@@ -71,15 +74,9 @@ impl Split {
             return Err(Malformed);
         }
         let word = |at: usize| u16::from_be_bytes([packet[at], packet[at + 1]]);
-        let (addresses, protocol) = if is_v4 { (12..20, packet[9]) } else { (8..40, packet[6]) };
-        // behind extension headers the protocol stands in the last of them; the kind says it as well
-        let protocol = match (is_v4, is_tcp) {
-            (true, _) => protocol,
-            (false, true) => tcp::PROTOCOL,
-            (false, false) => udp::PROTOCOL,
-        };
         let expected = if is_tcp { tcp::PROTOCOL } else { udp::PROTOCOL };
-        if protocol != expected {
+        let has_extensions = transport != ip_len;
+        if !has_extensions && packet[if is_v4 { 9 } else { 6 }] != expected {
             return Err(Malformed);
         }
         let mut split = Self {
@@ -102,8 +99,18 @@ impl Split {
                 .fold(sum, |sum, field| subtract(sum, word(field.start)));
         }
         let mut sum = checksum::sum(&packet[transport..header_len]);
-        sum = checksum::add(sum, checksum::sum(&packet[addresses]));
-        sum = checksum::add(sum, u16::from(protocol));
+        if has_extensions {
+            // A routing header changes the address that counts (RFC 8200, 8.1), so the pseudo-header is taken from where the
+            // kernel has left its sum, the length in it aside.
+            let field = transport + offload.kind.checksum_offset();
+            #[allow(clippy::cast_possible_truncation)] // no packet is longer
+            let len = (packet.len() - transport) as u16;
+            sum = checksum::add(sum, subtract(word(field), len));
+        } else {
+            let addresses = if is_v4 { 12..20 } else { 8..40 };
+            sum = checksum::add(sum, checksum::sum(&packet[addresses]));
+            sum = checksum::add(sum, u16::from(expected));
+        }
         if is_tcp {
             split.first_sequence =
                 u32::from_be_bytes([segment[4], segment[5], segment[6], segment[7]]);

@@ -2,6 +2,7 @@
 //!
 //! * A message out may hold a run of up to 64 equal datagrams, the last of which may be shorter (`UDP_SEGMENT`, `udp(7)`).
 //!   A run needs an interface that computes checksums, or a kernel that does it in its place (6.11): else `EIO`.
+//!   (`sendmmsg` of musl is a loop around `sendmsg`; there a run is what is worth it.)
 //! * A message in may hold such a run too, with the length of each datagram beside it (`UDP_GRO`).
 //! * Path MTU: datagrams carry "don't fragment", as they do by default, but one that is too long for its way is refused
 //!   (`EMSGSIZE`) instead of being cut: the sender of what is in it is to be told. Where the system does not discover path
@@ -16,6 +17,7 @@ use std::io;
 use std::marker::PhantomData;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsRawFd;
+use std::time::Duration;
 
 use mio::net::UdpSocket;
 
@@ -31,6 +33,11 @@ const PARTS: usize = 512;
 /// Socket buffers in bytes. A run counts for the memory that the kernel spends on it, which is more than its bytes.
 const RECEIVE_BUFFER: usize = 4 << 20;
 const SEND_BUFFER: usize = 2 << 20;
+
+/// A new IPv6 address cannot be bound to while its host looks for others who have it (RFC 4862), one or two seconds. This is
+/// the one time that the loop waits, before it has anything to do.
+const TRIES: u32 = 30;
+const PAUSE: Duration = Duration::from_millis(100);
 
 /// Room for one ancillary message with a number in it, aligned as the kernel wants it.
 type Control = [u64; 4];
@@ -81,7 +88,21 @@ impl UdpPort {
     /// # Errors
     /// The text names the address, and what to do when it is taken.
     pub fn bind(address: SocketAddr) -> io::Result<Self> {
-        let socket = UdpSocket::bind(address).map_err(|error| {
+        let mut tries = TRIES;
+        let socket = loop {
+            match UdpSocket::bind(address) {
+                Err(error)
+                    if error.kind() == io::ErrorKind::AddrNotAvailable
+                        && address.is_ipv6()
+                        && tries > 0 =>
+                {
+                    tries -= 1;
+                    std::thread::sleep(PAUSE);
+                }
+                result => break result,
+            }
+        };
+        let socket = socket.map_err(|error| {
             let remedy = match error.kind() {
                 io::ErrorKind::AddrInUse => {
                     "; another flanneld or VXLAN device has the port: set Backend.Port"
@@ -96,10 +117,8 @@ impl UdpPort {
         let arrays = Box::new(unsafe { std::mem::zeroed::<Arrays>() });
         let mut port = Self { socket, local: address, strict: false, arrays };
         let (level, option, default, _) = port.discovery();
-        if port.get(level, option).is_ok_and(|value| value == default) {
-            port.allow_fragments(false);
-            port.strict = true;
-        }
+        port.strict = port.get(level, option).is_ok_and(|value| value == default);
+        port.allow_fragments(false);
         Ok(port)
     }
 
@@ -120,7 +139,7 @@ impl UdpPort {
 
     /// Cuts datagrams that are too long for their way, or refuses them (`EMSGSIZE`), as the kernel is told by `ip(7)`.
     pub fn allow_fragments(&self, allow: bool) {
-        if self.strict || !allow {
+        if self.strict {
             let (level, option, default, strict) = self.discovery();
             // both values are known to every kernel
             let _ = self.set(level, option, if allow { default } else { strict });
@@ -400,6 +419,11 @@ pub fn is_too_long(error: &io::Error) -> bool {
 /// Does this error say that the interface cannot send runs?
 pub fn is_not_able(error: &io::Error) -> bool {
     error.raw_os_error() == Some(libc::EIO)
+}
+
+/// Does this error say that the kernel does not know what it was asked for?
+pub fn is_invalid(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::EINVAL)
 }
 
 /// Does this error say that there is no way to the host?

@@ -1,8 +1,10 @@
 //! The udp backend under load: what it carries stays whole while everything around it changes, and on the wire there is one
 //! packet a datagram, as the Go flanneld sends and takes them.
 
+use std::fs;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
@@ -11,27 +13,13 @@ use std::time::{Duration, Instant};
 use flanneld::sys::tun::Tun;
 
 use super::model;
-use super::world::{Agent, Etcd, Host, PATIENCE, World, http_get, until};
+use super::world::{Agent, Host, PATIENCE, STORE, World, binary, http_get, run, until};
 
 const CONFIG: &str = r#"{"Network":"10.5.0.0/16","Backend":{"Type":"udp"}}"#;
 /// What the long transfer moves, unless the environment says otherwise.
 const BYTES: u64 = 2 << 30;
 /// Bytes that are compared at once.
 const BLOCK: usize = 1 << 16;
-
-fn pair(config: &str) -> (World, Etcd, Vec<Host>, Vec<Agent>) {
-    let mut world = World::new();
-    let etcd = world.etcd(&[]);
-    etcd.put_config("v3", config);
-    let hosts = world.hosts(2);
-    let agents: Vec<Agent> = hosts
-        .iter()
-        .map(|host| host.start(&["-healthz-port=8090", "-healthz-ip=127.0.0.1"]))
-        .collect();
-    agents.iter().for_each(Agent::wait_ready);
-    hosts.iter().for_each(Host::add_container);
-    (world, etcd, hosts, agents)
-}
 
 /// Block `number` of the stream, which has 64 different ones.
 fn block(number: u64) -> Vec<u8> {
@@ -115,11 +103,51 @@ impl Gap {
     }
 }
 
-/// A line of the status page.
+/// A line of the status page, which may take a moment under load.
 fn status(host: &Host, name: &str) -> String {
-    let page = http_get(host, "http://127.0.0.1:8090/status");
-    let line = page.lines().find_map(|line| line.strip_prefix(&format!("{name} ")));
-    line.map(str::to_owned).unwrap_or_default()
+    let mut value = None;
+    until(name, PATIENCE, || {
+        let page = http_get(host, "http://127.0.0.1:8090/status");
+        value =
+            page.lines().find_map(|line| line.strip_prefix(&format!("{name} "))).map(str::to_owned);
+        value.is_some()
+    });
+    value.unwrap()
+}
+
+/// Stands before the C library: while a file is there, runs are refused as an interface does that computes no checksums.
+const REFUSE_RUNS: &str = r#"
+#define _GNU_SOURCE
+#include <errno.h>
+#include <stdlib.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+int sendmmsg(int fd, struct mmsghdr *messages, unsigned count, int flags) {
+    if (messages[0].msg_hdr.msg_controllen && access(getenv("REFUSE_RUNS"), F_OK) == 0) {
+        errno = EIO;
+        return -1;
+    }
+    return syscall(SYS_sendmmsg, fd, messages, count, flags);
+}
+"#;
+
+/// A program that starts the agent behind [`REFUSE_RUNS`], and the file. The agent must be linked dynamically.
+fn with_refused_runs(world: &World) -> (PathBuf, PathBuf) {
+    let path = |name: &str| world.dir.join(name);
+    let (source, library, script, switch) =
+        (path("refuse.c"), path("refuse.so"), path("flanneld.sh"), path("refuse"));
+    fs::write(&source, REFUSE_RUNS).unwrap();
+    run(&format!("gcc -shared -fPIC -o {} {}", library.display(), source.display()));
+    let text = format!(
+        "#!/bin/sh\nexport REFUSE_RUNS={} LD_PRELOAD={}\nexec {} \"$@\"\n",
+        switch.display(),
+        library.display(),
+        fs::canonicalize(binary()).unwrap().display()
+    );
+    fs::write(&script, text).unwrap();
+    run(&format!("chmod +x {}", script.display()));
+    (script, switch)
 }
 
 /// Gigabytes by TCP, compared byte for byte, while leases come and go, the underlay's MTU changes so that runs are refused and
@@ -127,7 +155,18 @@ fn status(host: &Host, name: &str) -> String {
 #[test]
 fn a_long_transfer_stays_whole_whatever_happens() {
     let bytes = std::env::var("FLANNELD_TEST_BYTES").map_or(BYTES, |text| text.parse().unwrap());
-    let (_world, etcd, hosts, mut agents) = pair(CONFIG);
+    let mut world = World::new();
+    let etcd = world.etcd(&[]);
+    etcd.put_config("v3", CONFIG);
+    let hosts = world.hosts(2);
+    let (program, switch) = with_refused_runs(&world);
+    let start = |host: &Host| {
+        let endpoint = format!("-etcd-endpoints=http://{STORE}:2379");
+        host.start_from(&program, &[&endpoint, "-healthz-port=8090", "-healthz-ip=127.0.0.1"])
+    };
+    let mut agents: Vec<Agent> = hosts.iter().map(start).collect();
+    agents.iter().for_each(Agent::wait_ready);
+    hosts.iter().for_each(Host::add_container);
     assert_eq!(status(&hosts[0], "offloads"), "TSO USO Merge GSO GRO Batch");
     let target: IpAddr = hosts[1].container_ip().unwrap().parse().unwrap();
     let transfer = Transfer::start(&hosts[0], &hosts[1], target, bytes);
@@ -155,24 +194,28 @@ fn a_long_transfer_stays_whole_whatever_happens() {
     let healed = until("the route", PATIENCE, || hosts[0].run("ip route").contains("10.5.0.0/16"));
     assert!(healed < Duration::from_secs(1), "the route took {healed:?}");
 
-    progress(3);
-    // the underlay carries less from now on: runs are refused, senders are told, and it goes on
+    progress(2);
+    // the underlay carries less from now on: senders are told, and it goes on
     hosts[0].run("ip link set eth0 mtu 1300");
-    agents[0].wait_for("offload GSO does not work here");
-    let offloads = status(&hosts[0], "offloads");
-    assert_eq!(offloads, "TSO USO Merge GRO Batch");
-    progress(5);
-    let refused: u64 = status(&hosts[0], "dropped_too_big").parse().unwrap();
-    let told: u64 = status(&hosts[0], "icmp_replies").parse().unwrap();
+    progress(4);
+    let [refused, told]: [u64; 2] =
+        ["dropped_too_big", "icmp_replies"].map(|name| status(&hosts[0], name).parse().unwrap());
     assert!(refused > 0 && told > 0, "{refused} refused, {told} told");
+    assert_eq!(status(&hosts[0], "offloads"), "TSO USO Merge GSO GRO Batch", "that is the way's");
     hosts[0].run("ip link set eth0 mtu 1500");
-    hosts[0].run("ip route flush cache");
+
+    // the interface takes no runs any more: they go singly, and then are given up
+    fs::write(&switch, "").unwrap();
+    agents[0].wait_for("offload GSO does not work here");
+    assert_eq!(status(&hosts[0], "offloads"), "TSO USO Merge GRO Batch");
+    progress(5);
+    fs::remove_file(&switch).unwrap();
 
     progress(6);
     let gap = Gap::start(&hosts[0], &hosts[1], &target.to_string());
     thread::sleep(Duration::from_millis(300));
     agents.remove(0).kill();
-    let again = hosts[0].start(&["-healthz-port=8090", "-healthz-ip=127.0.0.1"]);
+    let again = start(&hosts[0]);
     again.wait_ready();
     thread::sleep(Duration::from_millis(300));
     let gap = gap.stop();
