@@ -804,3 +804,20 @@ fn raw(bytes: &[u8], destination: Ipv4Addr) {
         libc::close(fd);
     }
 }
+
+/// At boot an IPv6 address is new, and its host still looks for others who have it.
+#[test]
+fn a_new_ipv6_address_can_be_bound_to() {
+    netns::unshare().expect("root, for a network namespace");
+    run("ip link set lo up");
+    run("ip tuntap add d0 mode tap");
+    run("sysctl -q -w net.ipv6.conf.d0.dad_transmits=100");
+    run("ip link set d0 up");
+    run("ip -6 addr add fd77::1/64 dev d0");
+    assert!(run_for("ip -6 addr show dev d0").contains("tentative"));
+    assert!(UdpSocket::bind("[fd77::1]:8285").is_err());
+    let port = UdpPort::bind("[fd77::1]:8285".parse().unwrap()).unwrap();
+    assert_eq!(port.local().to_string(), "[fd77::1]:8285");
+    let taken = UdpPort::bind("[fd77::1]:8285".parse().unwrap()).unwrap_err();
+    assert!(taken.to_string().contains("set Backend.Port"), "{taken}");
+}

@@ -16,8 +16,7 @@ use std::fmt;
 use std::io;
 use std::marker::PhantomData;
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::AsRawFd;
-use std::time::Duration;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use mio::net::UdpSocket;
 
@@ -33,11 +32,6 @@ const PARTS: usize = 512;
 /// Socket buffers in bytes. A run counts for the memory that the kernel spends on it, which is more than its bytes.
 const RECEIVE_BUFFER: usize = 4 << 20;
 const SEND_BUFFER: usize = 2 << 20;
-
-/// A new IPv6 address cannot be bound to while its host looks for others who have it (RFC 4862), one or two seconds. This is
-/// the one time that the loop waits, before it has anything to do.
-const TRIES: u32 = 30;
-const PAUSE: Duration = Duration::from_millis(100);
 
 /// Room for one ancillary message with a number in it, aligned as the kernel wants it.
 type Control = [u64; 4];
@@ -88,21 +82,7 @@ impl UdpPort {
     /// # Errors
     /// The text names the address, and what to do when it is taken.
     pub fn bind(address: SocketAddr) -> io::Result<Self> {
-        let mut tries = TRIES;
-        let socket = loop {
-            match UdpSocket::bind(address) {
-                Err(error)
-                    if error.kind() == io::ErrorKind::AddrNotAvailable
-                        && address.is_ipv6()
-                        && tries > 0 =>
-                {
-                    tries -= 1;
-                    std::thread::sleep(PAUSE);
-                }
-                result => break result,
-            }
-        };
-        let socket = socket.map_err(|error| {
+        let socket = open(address).map_err(|error| {
             let remedy = match error.kind() {
                 io::ErrorKind::AddrInUse => {
                     "; another flanneld or VXLAN device has the port: set Backend.Port"
@@ -226,22 +206,31 @@ impl UdpPort {
     }
 
     fn set(&self, level: libc::c_int, option: libc::c_int, value: libc::c_int) -> io::Result<()> {
-        // SAFETY: the descriptor is open while it is borrowed; the pointer is to a c_int that outlives the call.
-        let result = unsafe {
-            libc::setsockopt(
-                self.socket.as_raw_fd(),
-                level,
-                option,
-                (&raw const value).cast(),
-                size_of::<libc::c_int>() as libc::socklen_t,
-            )
-        };
-        if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+        set(&self.socket, level, option, value)
     }
 
     fn get(&self, level: libc::c_int, option: libc::c_int) -> io::Result<libc::c_int> {
         get(&self.socket, level, option)
     }
+}
+
+fn set(
+    socket: &impl AsRawFd,
+    level: libc::c_int,
+    option: libc::c_int,
+    value: libc::c_int,
+) -> io::Result<()> {
+    // SAFETY: the descriptor is open while it is borrowed; the pointer is to a c_int that outlives the call.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            level,
+            option,
+            (&raw const value).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 fn get(socket: &impl AsRawFd, level: libc::c_int, option: libc::c_int) -> io::Result<libc::c_int> {
@@ -252,6 +241,34 @@ fn get(socket: &impl AsRawFd, level: libc::c_int, option: libc::c_int) -> io::Re
         libc::getsockopt(socket.as_raw_fd(), level, option, (&raw mut value).cast(), &raw mut len)
     };
     if result == 0 { Ok(value) } else { Err(io::Error::last_os_error()) }
+}
+
+/// A bound socket that does not block.
+///
+/// A new IPv6 address is not to be bound to while its host looks for others who have it (RFC 4862), for one or two seconds:
+/// `IP_FREEBIND` allows it all the same. What is sent meanwhile is refused.
+fn open(address: SocketAddr) -> io::Result<UdpSocket> {
+    if address.is_ipv4() {
+        return UdpSocket::bind(address);
+    }
+    let kind = libc::SOCK_DGRAM | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC;
+    // SAFETY: a system call without pointers.
+    let descriptor = unsafe { libc::socket(libc::AF_INET6, kind, 0) };
+    if descriptor < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor is new, open, and nobody else's.
+    let socket = unsafe { OwnedFd::from_raw_fd(descriptor) };
+    // without it only the address's first seconds are lost
+    let _ = set(&socket, libc::IPPROTO_IP, libc::IP_FREEBIND, 1);
+    // SAFETY: all zeroes is a value of a structure of integers.
+    let mut name: libc::sockaddr_in6 = unsafe { std::mem::zeroed() };
+    let len = set_address(&mut name, address);
+    // SAFETY: name and length agree, and the name outlives the call.
+    if unsafe { libc::bind(socket.as_raw_fd(), (&raw const name).cast(), len) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(UdpSocket::from_std(socket.into()))
 }
 
 /// Messages that are put together for one call. What their parts point to is borrowed until then.
