@@ -1,8 +1,9 @@
 //! `/healthz` and `/readyz` (control-plane spec 1.8), and `/status`, answered by the loop itself: a loop that hangs does not
 //! answer.
 //!
-//! The first two have upstream's bodies to the byte; `/status` is `name value` lines that the owner of the loop makes. Why something is not ready is in the header `X-Flannel-Reason`. Every
-//! connection carries one exchange, and there are few of them for a short time.
+//! The first two have upstream's bodies to the byte; `/status` is `name value` lines that the owner of the loop makes. Why
+//! something is not ready is in the header `X-Flannel-Reason`. Every connection carries one exchange, and there are few of
+//! them for a short time.
 
 use std::io::{self, Read, Write};
 use std::net::SocketAddr;

@@ -12,6 +12,8 @@
 // sizes and constants have types of their own in each C library
 #![allow(clippy::cast_possible_truncation, clippy::unnecessary_cast)]
 
+mod message;
+
 use std::fmt;
 use std::io;
 use std::marker::PhantomData;
@@ -20,6 +22,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use mio::net::UdpSocket;
 
+use self::message::{Arrays, Control};
 use super::buffer;
 
 /// Messages in one call, at most.
@@ -32,17 +35,6 @@ const PARTS: usize = 512;
 /// Socket buffers in bytes. A run counts for the memory that the kernel spends on it, which is more than its bytes.
 const RECEIVE_BUFFER: usize = 4 << 20;
 const SEND_BUFFER: usize = 2 << 20;
-
-/// Room for one ancillary message with a number in it, aligned as the kernel wants it.
-type Control = [u64; 4];
-
-/// What the kernel reads and writes during a call. Its pointers are set before each call and mean nothing after it.
-struct Arrays {
-    headers: [libc::mmsghdr; MESSAGES],
-    names: [libc::sockaddr_in6; MESSAGES],
-    controls: [Control; MESSAGES],
-    parts: [libc::iovec; PARTS],
-}
 
 /// A bound UDP socket.
 pub struct UdpPort {
@@ -174,7 +166,7 @@ impl UdpPort {
         {
             *part = libc::iovec { iov_base: slot.as_mut_ptr().cast(), iov_len: slot.len() };
             header.msg_len = 0;
-            fill(&mut header.msg_hdr, name, (part, 1));
+            message::fill(&mut header.msg_hdr, name, (&raw mut *part, 1));
             header.msg_hdr.msg_control = control.as_mut_ptr().cast();
             header.msg_hdr.msg_controllen = size_of::<Control>() as _;
             count += 1;
@@ -195,11 +187,11 @@ impl UdpPort {
             received.iter_mut().zip(&*headers).zip(&*names).zip(&*controls).take(got)
         {
             let len = header.msg_len as usize;
-            let segment = segment(control, header.msg_hdr.msg_controllen as usize);
+            let segment = message::segment(control, header.msg_hdr.msg_controllen as usize);
             *received = Received {
                 len,
                 segment: segment.filter(|segment| *segment > 0).unwrap_or(len).max(1),
-                from: address(name),
+                from: message::address(name),
             };
         }
         Ok(got)
@@ -263,7 +255,7 @@ fn open(address: SocketAddr) -> io::Result<UdpSocket> {
     let _ = set(&socket, libc::IPPROTO_IP, libc::IP_FREEBIND, 1);
     // SAFETY: all zeroes is a value of a structure of integers.
     let mut name: libc::sockaddr_in6 = unsafe { std::mem::zeroed() };
-    let len = set_address(&mut name, address);
+    let len = message::set_address(&mut name, address);
     // SAFETY: name and length agree, and the name outlives the call.
     if unsafe { libc::bind(socket.as_raw_fd(), (&raw const name).cast(), len) } < 0 {
         return Err(io::Error::last_os_error());
@@ -301,14 +293,14 @@ impl<'d> Burst<'_, 'd> {
             *room = libc::iovec { iov_base: part.as_ptr().cast_mut().cast(), iov_len: part.len() };
         }
         let (header, name) = (&mut arrays.headers[index].msg_hdr, &mut arrays.names[index]);
-        let name_len = set_address(name, to);
-        fill(header, name, (&mut room[0], count));
+        let name_len = message::set_address(name, to);
+        message::fill(header, name, (room.as_mut_ptr(), count));
         header.msg_namelen = name_len;
         header.msg_control = std::ptr::null_mut();
         header.msg_controllen = 0;
         if let Some(segment) = segment {
             let control = &mut arrays.controls[index];
-            header.msg_controllen = set_segment(control, segment) as _;
+            header.msg_controllen = message::set_segment(control, segment) as _;
             header.msg_control = control.as_mut_ptr().cast();
         }
         self.messages += 1;
@@ -335,97 +327,6 @@ impl<'d> Burst<'_, 'd> {
         };
         usize::try_from(sent).map_err(|_| io::Error::last_os_error())
     }
-}
-
-/// Sets name and parts. (Some libraries have padding fields, so the structure is not made by a literal.)
-#[inline]
-fn fill(
-    header: &mut libc::msghdr,
-    name: &mut libc::sockaddr_in6,
-    parts: (&mut libc::iovec, usize),
-) {
-    header.msg_name = (&raw mut *name).cast();
-    header.msg_namelen = size_of::<libc::sockaddr_in6>() as libc::socklen_t;
-    header.msg_iov = parts.0;
-    header.msg_iovlen = parts.1 as _;
-    header.msg_flags = 0;
-}
-
-/// Writes an address to where an address of either family fits. Returns its length.
-#[inline]
-fn set_address(name: &mut libc::sockaddr_in6, address: SocketAddr) -> libc::socklen_t {
-    match address {
-        SocketAddr::V4(v4) => {
-            // SAFETY: all zeroes is a value of a structure of integers.
-            let mut short: libc::sockaddr_in = unsafe { std::mem::zeroed() };
-            short.sin_family = libc::AF_INET as libc::sa_family_t;
-            short.sin_port = v4.port().to_be();
-            short.sin_addr.s_addr = u32::from_ne_bytes(v4.ip().octets());
-            // SAFETY: a sockaddr_in6 is longer than a sockaddr_in and aligned as strictly; both consist of integers.
-            unsafe { (&raw mut *name).cast::<libc::sockaddr_in>().write(short) };
-            size_of::<libc::sockaddr_in>() as libc::socklen_t
-        }
-        SocketAddr::V6(v6) => {
-            name.sin6_family = libc::AF_INET6 as libc::sa_family_t;
-            name.sin6_port = v6.port().to_be();
-            name.sin6_flowinfo = 0;
-            name.sin6_addr.s6_addr = v6.ip().octets();
-            name.sin6_scope_id = v6.scope_id();
-            size_of::<libc::sockaddr_in6>() as libc::socklen_t
-        }
-    }
-}
-
-/// The address that the kernel wrote.
-#[inline]
-fn address(name: &libc::sockaddr_in6) -> IpAddr {
-    if name.sin6_family == libc::AF_INET as libc::sa_family_t {
-        // SAFETY: a sockaddr_in6 is longer than a sockaddr_in and aligned as strictly; both consist of integers.
-        let short = unsafe { (&raw const *name).cast::<libc::sockaddr_in>().read() };
-        IpAddr::V4(short.sin_addr.s_addr.to_ne_bytes().into())
-    } else {
-        IpAddr::V6(name.sin6_addr.s6_addr.into())
-    }
-}
-
-/// Offset of the data in an ancillary message.
-const CONTROL_DATA: usize =
-    size_of::<libc::cmsghdr>().next_multiple_of(align_of::<libc::cmsghdr>());
-
-/// Writes the ancillary message that makes a run. Returns its length.
-#[inline]
-fn set_segment(control: &mut Control, segment: u16) -> usize {
-    let len = CONTROL_DATA + size_of::<u16>();
-    // SAFETY: all zeroes is a value of a structure of integers (and padding).
-    let mut header: libc::cmsghdr = unsafe { std::mem::zeroed() };
-    header.cmsg_len = len as _;
-    header.cmsg_level = libc::SOL_UDP;
-    header.cmsg_type = libc::UDP_SEGMENT;
-    let start: *mut u8 = control.as_mut_ptr().cast();
-    // SAFETY: a Control has room for a cmsghdr and a number behind it, and is aligned as strictly.
-    unsafe {
-        start.cast::<libc::cmsghdr>().write(header);
-        start.add(CONTROL_DATA).cast::<u16>().write_unaligned(segment);
-    }
-    len.next_multiple_of(size_of::<usize>())
-}
-
-/// Reads the length of the datagrams in a run from the `len` bytes of ancillary messages that the kernel wrote.
-#[inline]
-fn segment(control: &Control, len: usize) -> Option<usize> {
-    if len < CONTROL_DATA + size_of::<libc::c_int>() || len > size_of::<Control>() {
-        return None;
-    }
-    let start: *const u8 = control.as_ptr().cast();
-    // SAFETY: the kernel wrote `len` bytes, a header and a number among them, and a Control is aligned for it.
-    let (header, value) = unsafe {
-        (
-            start.cast::<libc::cmsghdr>().read(),
-            start.add(CONTROL_DATA).cast::<libc::c_int>().read_unaligned(),
-        )
-    };
-    let is_ours = header.cmsg_level == libc::SOL_UDP && header.cmsg_type == libc::UDP_GRO;
-    is_ours.then(|| usize::try_from(value).unwrap_or(0))
 }
 
 /// Does this error say that a datagram is longer than its way carries, or than one can be?
