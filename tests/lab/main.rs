@@ -9,8 +9,4 @@ mod program;
 mod quiet;
 mod restart;
 mod store;
-mod tunnel;
 mod world;
-
-#[path = "../model/mod.rs"]
-mod model;

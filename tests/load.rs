@@ -1,5 +1,11 @@
 //! The udp backend under load: what it carries stays whole while everything around it changes, and on the wire there is one
-//! packet a datagram, as the Go flanneld sends and takes them.
+//! packet a datagram, as the Go flanneld sends and takes them. Needs root, and the machine to itself: the lab's other tests
+//! count lost packets.
+#![allow(clippy::unwrap_used, clippy::disallowed_methods)] // helpers of tests; the tests wait
+
+mod model;
+#[path = "lab/world.rs"]
+mod world;
 
 use std::fs;
 use std::io::{ErrorKind, Read, Write};
@@ -12,8 +18,7 @@ use std::time::{Duration, Instant};
 
 use flanneld::sys::tun::Tun;
 
-use super::model;
-use super::world::{Agent, Host, PATIENCE, STORE, World, binary, http_get, run, until};
+use world::{Agent, Host, PATIENCE, STORE, World, binary, http_get, run, until};
 
 const CONFIG: &str = r#"{"Network":"10.5.0.0/16","Backend":{"Type":"udp"}}"#;
 /// What the long transfer moves, unless the environment says otherwise.
