@@ -422,12 +422,9 @@ fn a_flood_takes_turns() {
     }
 }
 
-/// The way to the other host is so slow that the socket fills up.
-#[test]
-fn a_full_socket_holds_the_packets_back_and_loses_none() {
-    let mut host = Host::start();
+/// Makes the way to the other host slow, and sends until the socket is full. How many packets that took.
+fn fill_up(host: &mut Host, container: &UdpSocket) -> u64 {
     run("tc qdisc add dev lo root tbf rate 8kbit burst 1600 limit 100m");
-    let container = container();
     let mut offered = 0;
     while host.plane.engine.stats.sent == offered {
         assert!(offered < 20_000, "the socket never filled up");
@@ -442,6 +439,15 @@ fn a_full_socket_holds_the_packets_back_and_loses_none() {
             assert!(turns < 100, "a full socket must not be tried over and over");
         }
     }
+    offered
+}
+
+/// The way to the other host is so slow that the socket fills up.
+#[test]
+fn a_full_socket_holds_the_packets_back_and_loses_none() {
+    let mut host = Host::start();
+    let container = container();
+    let offered = fill_up(&mut host, &container);
     let sent = host.plane.engine.stats.sent;
     host.plane.tun_is_ready();
     assert_eq!(host.plane.turn(Instant::now()).unwrap(), Turn::Idle);
@@ -553,18 +559,7 @@ fn a_flood_to_nowhere_takes_turns() {
 #[test]
 fn a_full_socket_is_quiet() {
     let mut host = Host::start_dual();
-    run("tc qdisc add dev lo root tbf rate 8kbit burst 1600 limit 100m");
-    let container = container();
-    let mut offered = 0;
-    while host.plane.engine.stats.sent == offered {
-        assert!(offered < 20_000, "the socket never filled up");
-        for _ in 0..100 {
-            container.send_to(&[0x5a; 1400], FAR).unwrap();
-        }
-        offered += 100;
-        host.plane.tun_is_ready();
-        while host.plane.turn(Instant::now()).unwrap() == Turn::More {}
-    }
+    fill_up(&mut host, &container());
     let (mut events, mut wakes) = (Events::with_capacity(8), 0);
     let end = Instant::now() + Duration::from_millis(500);
     while Instant::now() < end {

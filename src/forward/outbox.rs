@@ -111,11 +111,10 @@ impl Outbox {
             self.add(to, 1, end - start);
             return Ok(());
         }
-        let (packets, headers) = self.arena.split_at_mut(end);
-        let packet = &packets[start..];
-        let split = Split::new(packet, offload)?;
+        let split = Split::new(&self.arena[start..end], offload)?;
         let (count, header_len) = (split.count(), split.header_len());
-        if count * header_len > headers.len() || self.parts.len() + 2 * count > MAX_PARTS {
+        let room = self.arena.len() - end;
+        if count * header_len > room || self.parts.len() + 2 * count > MAX_PARTS {
             return Err(Malformed);
         }
         for index in 0..count {
