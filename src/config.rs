@@ -95,6 +95,14 @@ impl NetworkConfig {
     }
 }
 
+impl NetworkConfig {
+    /// The prefixes of both families.
+    pub fn networks(&self) -> impl Iterator<Item = IpNet> {
+        let v4 = self.v4.map(|v4| IpNet::V4(v4.network));
+        v4.into_iter().chain(self.v6.map(|v6| IpNet::V6(v6.network)))
+    }
+}
+
 /// Type, lower-cased, and verbatim text of the `Backend` object.
 fn backend(object: &Fields<'_>) -> Result<(String, String), ConfigError> {
     let Some(text) = object.raw("Backend") else {

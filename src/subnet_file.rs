@@ -86,17 +86,28 @@ pub(crate) fn replace(
     })
 }
 
-/// The subnets that an earlier life wrote, and what is wrong with the file. No file is no subnets.
-pub fn previous(path: &Path) -> (Subnets, Vec<String>) {
+/// What an earlier life wrote.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Previous {
+    /// Its subnets.
+    pub subnets: Subnets,
+    /// The networks they were in.
+    pub networks: Vec<IpNet>,
+    /// What is wrong with the file, one line each.
+    pub complaints: Vec<String>,
+}
+
+/// What an earlier life wrote. No file is nothing.
+pub fn previous(path: &Path) -> Previous {
     match fs::read_to_string(path) {
         Ok(text) => parse(&text),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Default::default(),
-        Err(error) => (Subnets::default(), vec![error.to_string()]),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Previous::default(),
+        Err(error) => Previous { complaints: vec![error.to_string()], ..Previous::default() },
     }
 }
 
 /// Reads `KEY=VALUE` lines as a shell would. Of each key the one valid prefix is taken; several are none.
-fn parse(text: &str) -> (Subnets, Vec<String>) {
+fn parse(text: &str) -> Previous {
     let mut complaints = Vec::new();
     let mut only = |key: &str, v4: bool| {
         let mut found = Vec::new();
@@ -113,11 +124,12 @@ fn parse(text: &str) -> (Subnets, Vec<String>) {
     };
     let v4 = only("FLANNEL_SUBNET", true);
     let v6 = only("FLANNEL_IPV6_SUBNET", false);
+    let networks = [only("FLANNEL_NETWORK", true), only("FLANNEL_IPV6_NETWORK", false)];
     let subnets = Subnets {
         v4: v4.and_then(|net| if let IpNet::V4(net) = net { Some(net) } else { None }),
         v6: v6.and_then(|net| if let IpNet::V6(net) = net { Some(net) } else { None }),
     };
-    (subnets, complaints)
+    Previous { subnets, networks: networks.into_iter().flatten().collect(), complaints }
 }
 
 /// The last value of `key`.
@@ -197,7 +209,10 @@ mod tests {
     fn reading_back() {
         let config = NetworkConfig::parse(DUAL).unwrap();
         let own = subnets("10.1.74.0/24", "2001:cafe:42:5::/64");
-        assert_eq!(parse(&render(&config, &own, 1450, true)), (own, vec![]));
+        let found = parse(&render(&config, &own, 1450, true));
+        assert_eq!((found.subnets, found.complaints), (own, vec![]));
+        let networks = ["10.1.0.0/16", "2001:cafe:42::/56"].map(|net| net.parse().unwrap());
+        assert_eq!(found.networks, networks);
         for (text, v4, complaints) in [
             ("export FLANNEL_SUBNET = \"10.1.5.1/24\" # ours", "10.1.5.0/24", 0),
             ("FLANNEL_SUBNET: '10.1.5.1/24'", "10.1.5.0/24", 0),
@@ -210,8 +225,13 @@ mod tests {
             ("", "", 0),
             ("FLANNEL_SUBNETS=10.1.5.1/24", "", 0),
         ] {
-            let (found, said) = parse(text);
-            assert_eq!((found, said.len()), (subnets(v4, ""), complaints), "{text:?}: {said:?}");
+            let found = parse(text);
+            let said = found.complaints;
+            assert_eq!(
+                (found.subnets, said.len()),
+                (subnets(v4, ""), complaints),
+                "{text:?}: {said:?}"
+            );
         }
     }
 

@@ -7,6 +7,7 @@ use std::fs;
 use std::net::IpAddr;
 use std::time::Instant;
 
+use ipnet::IpNet;
 use log::{debug, info, warn};
 use mio::{Registry, Token};
 
@@ -15,7 +16,7 @@ use super::tunnel::Tunnel;
 use super::{Fatal, token};
 use crate::backend::{Backend, Direct, PeerPlan, Underlay};
 use crate::config::NetworkConfig;
-use crate::kernel::{KernelEvent, Owner, Port, Progress, Reconciler, Scope};
+use crate::kernel::{KernelEvent, Object, Owner, Port, Progress, Reconciler, Scope};
 use crate::lease::table::{Change, LeaseTable};
 use crate::lease::{Lease, LeaseEvent, Subnets};
 use crate::sys::random;
@@ -40,6 +41,8 @@ pub(super) struct Dataplane {
     kernel: Reconciler,
     port: Port,
     tunnel: Option<Tunnel>,
+    /// Our subnet gets a blackhole route.
+    blackhole: bool,
     own: Option<Subnets>,
     peers: LeaseTable,
     /// Whose underlay addresses are watched, and by which peers.
@@ -67,6 +70,7 @@ impl Dataplane {
         config: NetworkConfig,
         underlay: Underlay,
         mut backend: Box<dyn Backend>,
+        blackhole: bool,
         registry: &Registry,
         now: Instant,
     ) -> Result<Self, Fatal> {
@@ -79,7 +83,7 @@ impl Dataplane {
         let mut seed = [0; 8];
         random::fill(&mut seed).map_err(|error| Fatal(format!("read random bytes: {error}")))?;
         let scope = Scope {
-            networks: v4.map(Into::into).into_iter().chain(v6.map(Into::into)).collect(),
+            networks: config.networks().collect(),
             devices: backend.devices(),
             vxlan_port: vxlan_port(),
             port: port.number(),
@@ -93,6 +97,7 @@ impl Dataplane {
             backend,
             port,
             tunnel,
+            blackhole,
             own: None,
             watched: BTreeMap::new(),
             filling: Filling::Waiting,
@@ -128,7 +133,12 @@ impl Dataplane {
 
     /// Declares what this host itself needs for its lease on `own`.
     pub(super) fn set_own(&mut self, own: Subnets, now: Instant) -> Result<(), Fatal> {
-        let objects = self.backend.host_objects(&own).map_err(|error| Fatal(error.to_string()))?;
+        let mut objects =
+            self.backend.host_objects(&own).map_err(|error| Fatal(error.to_string()))?;
+        if self.blackhole {
+            let subnets = own.v4.map(IpNet::V4).into_iter().chain(own.v6.map(IpNet::V6));
+            objects.extend(subnets.map(Object::Blackhole));
+        }
         self.kernel.declare(Owner::Host, objects);
         self.kernel_due = true;
         self.own = Some(own);

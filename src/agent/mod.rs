@@ -3,9 +3,12 @@
 //! Each wake-up reads the clock once, hands every ready descriptor to its owner, lets the network do what is due within
 //! budgets, and sleeps until the next descriptor or the earliest deadline.
 
+mod child;
+mod clean_up;
 mod clock;
 mod dataplane;
 mod network;
+mod rules;
 mod saver;
 mod throttle;
 mod token;
@@ -20,6 +23,7 @@ use std::time::{Duration, Instant};
 use log::{debug, info, warn};
 use mio::{Events, Interest, Poll, Waker};
 
+pub use self::clean_up::clean_up;
 use self::network::Network;
 use crate::cli::Settings;
 use crate::health::Health;
@@ -79,7 +83,7 @@ pub fn run(settings: Settings, notify_socket: Option<OsString>) -> Result<(), Fa
     let mut seed = [0; 8];
     random::fill(&mut seed).map_err(fatal("read random bytes"))?;
     let store = Etcd::new(etcd, settings.renew_margin, u64::from_ne_bytes(seed));
-    let mut network = Network::new(settings, Box::new(store), client, clock::now());
+    let mut network = Network::new(settings, Box::new(store), client, &registry, clock::now())?;
 
     let mut ready = Readiness::new(notify_socket);
     let mut events = Events::with_capacity(64);

@@ -14,10 +14,12 @@ use std::fmt::Write;
 use std::io;
 use std::time::{Duration, Instant};
 
+use ipnet::IpNet;
 use log::{debug, error, info, warn};
 use mio::{Registry, Token};
 
 use super::dataplane::Dataplane;
+use super::rules::Rules;
 use super::saver::Saver;
 use super::{Fatal, token};
 use crate::backend::{self, Memory, Underlay};
@@ -56,6 +58,9 @@ pub(super) struct Network {
     /// Config, interface and host, once the store's config is there and until the backend is made.
     joining: Option<(NetworkConfig, Underlay, Inventory)>,
     dataplane: Option<Dataplane>,
+    rules: Rules,
+    /// Networks of earlier lives, whose rules are removed.
+    past: Vec<IpNet>,
     own: Option<OwnLease>,
     /// Why our lease is not ours any more.
     lost: Option<String>,
@@ -72,14 +77,22 @@ pub(super) struct Network {
 
 impl Network {
     /// Starts to join. Nothing is sent before the loop runs.
-    pub(super) fn new(settings: Settings, store: Box<dyn Store>, client: Client, now: Now) -> Self {
+    pub(super) fn new(
+        settings: Settings,
+        store: Box<dyn Store>,
+        client: Client,
+        registry: &Registry,
+        now: Now,
+    ) -> Result<Self, Fatal> {
         let saved = view::load(&settings.data_dir, &store.name()).unwrap_or_else(|reason| {
             warn!("the saved view is of no use: {reason}");
             None
         });
         let offline_at = saved.as_ref().map(|_| now.mono + PATIENCE);
         info!("leases are kept in {}", store.describe());
-        Self {
+        let rules = Rules::open(&settings.firewall, registry, now.mono)?;
+        let past = saved.as_ref().map(|view| view.config.networks().collect()).unwrap_or_default();
+        Ok(Self {
             settings,
             store,
             client,
@@ -87,6 +100,8 @@ impl Network {
             offline_at,
             joining: None,
             dataplane: None,
+            rules,
+            past,
             own: None,
             lost: None,
             file_due: false,
@@ -96,7 +111,7 @@ impl Network {
             saver: Saver::default(),
             save_failed: false,
             more: false,
-        }
+        })
     }
 
     /// Why this network is not ready, if it is not.
@@ -115,7 +130,7 @@ impl Network {
         if self.own.is_none() {
             return Some("waiting for a lease".into());
         }
-        if let Some(reason) = dataplane.unready() {
+        if let Some(reason) = dataplane.unready().or_else(|| self.rules.unready()) {
             return Some(reason);
         }
         (!self.file_written)
@@ -133,6 +148,7 @@ impl Network {
         }
         if let Some(dataplane) = &self.dataplane {
             dataplane.status(&mut out);
+            self.rules.status(&mut out);
         }
         out
     }
@@ -146,6 +162,8 @@ impl Network {
             });
         } else if token == token::WAKER {
             self.client.handle_resolved(registry, now.mono);
+        } else if self.rules.owns(token) {
+            self.rules.handle_ready();
         } else if let Some(dataplane) = &mut self.dataplane {
             dataplane.handle_ready(token);
         }
@@ -189,7 +207,9 @@ impl Network {
         self.save(now.mono);
         if let Some(dataplane) = &mut self.dataplane {
             stirred |= dataplane.turn(now.mono)?;
-            if self.file_due && dataplane.host_is_up() {
+            stirred |= self.rules.turn(registry, now.mono)?;
+            // whoever reads the file starts containers, whose packets need the rules
+            if self.file_due && dataplane.host_is_up() && self.rules.has_tried() {
                 self.write_file(now);
             }
         }
@@ -206,6 +226,7 @@ impl Network {
             self.file_retry_at,
             if self.saver.is_busy() { self.saver.poll_timeout() } else { self.save_at },
             self.dataplane.as_ref().and_then(|dataplane| dataplane.poll_timeout(now)),
+            self.dataplane.as_ref().and_then(|_| self.rules.poll_timeout(now)),
         ]
         .into_iter()
         .flatten()
@@ -305,8 +326,10 @@ impl Network {
                 underlay
             }
         };
-        let (mut previous, warnings) = subnet_file::previous(&self.settings.subnet_file);
-        warnings.iter().for_each(|warning| warn!("{warning}"));
+        let file = subnet_file::previous(&self.settings.subnet_file);
+        file.complaints.iter().for_each(|complaint| warn!("{complaint}"));
+        self.past.extend(file.networks);
+        let mut previous = file.subnets;
         if previous == Subnets::default() {
             previous = self.saved.as_ref().map(|view| view.own.subnets).unwrap_or_default();
         }
@@ -342,7 +365,7 @@ impl Network {
                 });
             let (known, inventory) =
                 if moved { (None, Inventory::default()) } else { (published.or(saved), inventory) };
-            let dataplane = open(config, underlay, &inventory, known, registry, now)?;
+            let dataplane = self.open(config, underlay, &inventory, known, registry, now)?;
             self.dataplane = Some(dataplane);
         }
         if let Some(dataplane) = &self.dataplane {
@@ -368,6 +391,7 @@ impl Network {
     fn come_up(&mut self, subnets: Subnets, now: Now) -> Result<(), Fatal> {
         let Some(dataplane) = &mut self.dataplane else { return Ok(()) };
         dataplane.set_own(subnets, now.mono)?;
+        self.rules.set(dataplane.config(), subnets, &self.past, now.mono);
         info!("backend {}, MTU {}", dataplane.backend().name(), dataplane.backend().mtu());
         self.file_due = true;
         Ok(())
@@ -377,8 +401,8 @@ impl Network {
         let (Some(dataplane), Some(own)) = (&self.dataplane, &self.own) else { return };
         self.file_due = false;
         let mtu = dataplane.backend().mtu();
-        let content =
-            subnet_file::render(dataplane.config(), &own.lease.subnets, mtu, self.settings.ip_masq);
+        let ip_masq = self.settings.firewall.masquerade;
+        let content = subnet_file::render(dataplane.config(), &own.lease.subnets, mtu, ip_masq);
         let path = &self.settings.subnet_file;
         match subnet_file::write(path, &content) {
             Ok(()) => {
@@ -416,10 +440,12 @@ impl Network {
                 "this host's public address has changed since then: peers cannot reach it before the store is back"
             );
         }
+        self.past.extend(subnet_file::previous(&self.settings.subnet_file).networks);
         let mut dataplane =
-            open(config, underlay, &inventory, Some(own.attrs.clone()), registry, now)?;
+            self.open(config, underlay, &inventory, Some(own.attrs.clone()), registry, now)?;
         let subnets = own.subnets;
         dataplane.set_own(subnets, now.mono)?;
+        self.rules.set(dataplane.config(), subnets, &self.past, now.mono);
         dataplane.handle_snapshot(peers, false, now.mono);
         self.dataplane = Some(dataplane);
         self.own = Some(OwnLease { lease: own, expiry: None });
@@ -462,29 +488,30 @@ impl Network {
             );
         }
     }
-}
 
-/// Makes the backend and what it stands on.
-fn open(
-    config: NetworkConfig,
-    underlay: Underlay,
-    inventory: &Inventory,
-    published: Option<LeaseAttrs>,
-    registry: &Registry,
-    now: Now,
-) -> Result<Dataplane, Fatal> {
-    let mut memory = Memory { published, ..Memory::default() };
-    random::fill(&mut memory.random)
-        .map_err(|error| Fatal(format!("read random bytes: {error}")))?;
-    memory.live_macs = inventory
-        .interfaces
-        .iter()
-        .filter_map(|interface| Some((interface.name, interface.mac?)))
-        .collect();
-    let backend =
-        backend::create(&config, &underlay, &memory).map_err(|error| Fatal(error.to_string()))?;
-    debug!("{backend:?}");
-    Dataplane::open(config, underlay, backend, registry, now.mono)
+    /// Makes the backend and what it stands on.
+    fn open(
+        &self,
+        config: NetworkConfig,
+        underlay: Underlay,
+        inventory: &Inventory,
+        published: Option<LeaseAttrs>,
+        registry: &Registry,
+        now: Now,
+    ) -> Result<Dataplane, Fatal> {
+        let mut memory = Memory { published, ..Memory::default() };
+        random::fill(&mut memory.random)
+            .map_err(|error| Fatal(format!("read random bytes: {error}")))?;
+        memory.live_macs = inventory
+            .interfaces
+            .iter()
+            .filter_map(|interface| Some((interface.name, interface.mac?)))
+            .collect();
+        let backend = backend::create(&config, &underlay, &memory)
+            .map_err(|error| Fatal(error.to_string()))?;
+        debug!("{backend:?}");
+        Dataplane::open(config, underlay, backend, self.settings.blackhole, registry, now.mono)
+    }
 }
 
 fn until(own: &OwnLease, now: Now) -> String {

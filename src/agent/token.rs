@@ -16,6 +16,14 @@ pub(super) const TUN: Token = Token(4);
 pub(super) const UDP_V4: Token = Token(5);
 /// The udp backend's IPv6 socket.
 pub(super) const UDP_V6: Token = Token(6);
+/// Answers to our requests about firewall rules.
+pub(super) const RULESET_REPLIES: Token = Token(7);
+/// News of changes to the firewall rules.
+pub(super) const RULESET_NOTICES: Token = Token(8);
+/// What a child process writes.
+pub(super) const CHILD_OUTPUT: Token = Token(9);
+/// What a child process complains about.
+pub(super) const CHILD_COMPLAINT: Token = Token(10);
 /// The health server: its listener and connections use tokens from here up to [`HTTP`].
 pub(super) const HEALTH: usize = 0x100;
 /// The store's HTTP client uses tokens from here up.

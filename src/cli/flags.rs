@@ -144,18 +144,40 @@ pub(super) const GROUPS: &[Group] = &[
         ],
     ),
     (
-        "Traffic rules (accepted; this version installs none yet)",
+        "Traffic rules",
         &[
-            flag("ip-masq", Bool, "false", "FLANNEL_IPMASQ in the subnet file"),
+            flag("ip-masq", Bool, "false", "masquerade what leaves the overlay; FLANNEL_IPMASQ"),
             flag(
                 "ip-masq-fully-random-disable",
                 Bool,
                 "false",
                 "no fully random ports in masquerading",
             ),
-            flag("iptables-forward-rules", Bool, "true", "accept rules in the FORWARD chain"),
-            flag("iptables-resync", Int, "5", "seconds between checks of the rules"),
+            flag(
+                "iptables-forward-rules",
+                Bool,
+                "true",
+                "let the overlay through the FORWARD chain",
+            ),
+            flag(
+                "iptables-resync",
+                Int,
+                "5",
+                "seconds between checks of iptables-legacy rules, 0 for none; others are watched",
+            ),
+            flag(
+                "firewall",
+                Text,
+                "auto",
+                "where rules go: nftables, iptables-nft, iptables-legacy, or auto: as this host does",
+            ),
             flag("ip-blackhole-route", Bool, "false", "blackhole route for this host's own subnet"),
+            flag(
+                "cleanup",
+                Bool,
+                "false",
+                "remove every flannel's rules, routes and devices from this host, and exit",
+            ),
         ],
     ),
     (

@@ -17,6 +17,8 @@ pub use self::settings::Settings;
 pub enum Command {
     /// Run the daemon.
     Run(Box<Settings>),
+    /// Remove what every flannel has made on this host, and exit.
+    CleanUp(Box<Settings>),
     /// Print this text and exit.
     Print(String),
 }
@@ -36,7 +38,8 @@ pub fn parse(
     if options.bool("version") {
         return Ok(Command::Print(format!("{}\n", env!("CARGO_PKG_VERSION"))));
     }
-    Ok(Command::Run(Box::new(Settings::new(&options)?)))
+    let settings = Box::new(Settings::new(&options)?);
+    Ok(if options.bool("cleanup") { Command::CleanUp(settings) } else { Command::Run(settings) })
 }
 
 /// The usage text: every flag that works, by purpose.

@@ -88,11 +88,6 @@ impl Options {
         }
     }
 
-    /// Was the flag given, on the command line or in the environment?
-    pub(super) fn is_given(&self, name: &str) -> bool {
-        self.given.contains_key(name)
-    }
-
     /// The value in force. The last one given wins.
     pub(super) fn text(&self, name: &str) -> &str {
         let given = self.given.get(name).and_then(|values| values.last());

@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use super::flags::{GROUPS, Kind};
 use super::options::Options;
+use crate::firewall;
+use crate::firewall::choose::Mode;
 
 /// Which of etcd's two key spaces holds the leases.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -72,8 +74,10 @@ pub struct Settings {
     pub data_dir: PathBuf,
     /// Address of the health server, if there is to be one.
     pub health: Option<SocketAddr>,
-    /// What `FLANNEL_IPMASQ` says.
-    pub ip_masq: bool,
+    /// Traffic rules; `FLANNEL_IPMASQ` says whether they masquerade.
+    pub firewall: firewall::Options,
+    /// A blackhole route for this host's own subnet.
+    pub blackhole: bool,
     /// `-v`.
     pub verbosity: i64,
     /// Lines for the log once it is up: every option in force, secrets left out, and what deserves a warning.
@@ -108,22 +112,37 @@ impl Settings {
                 .ok_or("-subnet-file is empty: name a file")?,
             data_dir: path(options, "data-dir").ok_or("-data-dir is empty: name a directory")?,
             health: health(options)?,
-            ip_masq: options.bool("ip-masq"),
+            firewall: firewall(options)?,
+            blackhole: options.bool("ip-blackhole-route"),
             verbosity: options.int("v"),
             notes: Notes::default(),
         };
-        for (flag, effect) in [
-            ("ip-masq", "installs no masquerade rules yet, FLANNEL_IPMASQ only says so to others"),
-            ("ip-masq-fully-random-disable", "installs no masquerade rules yet"),
-            ("iptables-forward-rules", "installs no forward rules yet"),
-            ("ip-blackhole-route", "installs no blackhole route yet"),
-        ] {
-            if options.is_given(flag) && options.bool(flag) {
-                warnings.push(format!("-{flag}: this version {effect}"));
-            }
-        }
         Ok(Self { notes: Notes { options: in_force(options), warnings }, ..settings })
     }
+}
+
+fn firewall(options: &Options) -> Result<firewall::Options, String> {
+    let mode = match options.text("firewall") {
+        "auto" => None,
+        name => {
+            let known = Mode::ALL.into_iter().find(|(_, known)| *known == name);
+            let (mode, _) = known.ok_or_else(|| {
+                format!(
+                    "-firewall is {name:?}: it must be auto, nftables, iptables-nft or iptables-legacy"
+                )
+            })?;
+            Some(mode)
+        }
+    };
+    // upstream spins when it is told 0
+    let resync = u64::try_from(options.int("iptables-resync")).unwrap_or(0);
+    Ok(firewall::Options {
+        masquerade: options.bool("ip-masq"),
+        fully_random: !options.bool("ip-masq-fully-random-disable"),
+        forward: options.bool("iptables-forward-rules"),
+        resync: (resync > 0).then(|| Duration::from_secs(resync.min(24 * 3600))),
+        mode,
+    })
 }
 
 fn etcd(options: &Options, warnings: &mut Vec<String>) -> Result<Etcd, String> {
@@ -301,6 +320,7 @@ mod tests {
             (&["-healthz-port=70000"], "65535 or less"),
             (&["-healthz-port=1", "-healthz-ip=all"], "an IP address"),
             (&["-subnet-file="], "name a file"),
+            (&["-firewall=ufw"], "iptables-nft"),
         ] {
             let error = settings(args).unwrap_err();
             assert!(error.contains(says), "{args:?}: {error}");
@@ -316,11 +336,22 @@ mod tests {
 
     #[test]
     fn what_has_no_effect_is_said() {
-        let warnings = settings(&["-ip-masq", "-ip-blackhole-route", "-etcd-username=x"])
-            .unwrap()
-            .notes
-            .warnings;
-        assert_eq!(warnings.len(), 3, "{warnings:?}");
-        assert!(settings(&["-iptables-forward-rules=false"]).unwrap().notes.warnings.is_empty());
+        let warnings = settings(&["-etcd-username=x"]).unwrap().notes.warnings;
+        assert_eq!(warnings.len(), 1, "{warnings:?}");
+    }
+
+    #[test]
+    fn traffic_rules() {
+        let of = |args: &[&str]| settings(args).unwrap().firewall;
+        let usual = of(&[]);
+        assert!(!usual.masquerade && usual.fully_random && usual.forward);
+        assert_eq!((usual.resync, usual.mode), (Some(Duration::from_secs(5)), None));
+        let other = of(&["-ip-masq", "-ip-masq-fully-random-disable", "-firewall=iptables-nft"]);
+        assert!(other.masquerade && !other.fully_random);
+        assert_eq!(other.mode, Some(Mode::IptablesNft));
+        for off in ["-iptables-resync=0", "-iptables-resync=-1"] {
+            assert_eq!(of(&[off]).resync, None);
+        }
+        assert_eq!(of(&["-iptables-resync=9000000000"]).resync, Some(Duration::from_secs(86400)));
     }
 }

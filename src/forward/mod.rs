@@ -26,10 +26,11 @@ pub use self::limit::Limiter;
 pub use self::merge::{Joined, Kinds, Merger, Part};
 pub use self::offload::{Offload, Offloads};
 pub use self::outbox::{Outbox, Run};
-pub use self::plane::{Demotion, Family, Plane, Settings, Side, TunGone, Turn};
+pub use self::plane::{Demotion, Plane, Settings, Side, TunGone, Turn};
 pub use self::split::{MAX_HEADER_LEN, Split, complete_checksum};
 pub use self::stats::{Drops, Reason, Stats};
 pub use self::table::{Address, Table};
+pub use crate::family::Family;
 
 /// Bytes that carrying a packet over IPv4 costs: a header without options and a UDP header.
 pub const OVERHEAD_V4: u32 = 20 + 8;

@@ -2,11 +2,11 @@
 
 use ipnet::IpNet;
 
-use super::encode::{Dump, metric};
+use super::encode::{Dump, LAST_METRIC, metric};
 use super::links::Links;
 use super::object::{Address, Fdb, IfName, Key, Neighbour, Object, Route};
 use super::seen::{
-    MAIN, ONLINK, PERMANENT, PROTO_BOOT, PROTO_KERNEL, SELF, Seen, SeenRoute, UNICAST,
+    BLACKHOLE, MAIN, ONLINK, PERMANENT, PROTO_BOOT, PROTO_KERNEL, SELF, Seen, SeenRoute, UNICAST,
 };
 
 /// The route protocol number that marks our routes (`ip route show proto 241`); no name in `rt_protos` has it.
@@ -20,6 +20,7 @@ pub(super) fn key(seen: &Seen, links: &Links) -> Option<Key> {
     match seen {
         Seen::Link(_) => None,
         Seen::Address(address) => Some(Key::Address(name(address.index)?, address.addr)),
+        Seen::Route(route) if is_blackhole(route) => Some(Key::Blackhole(route.dst)),
         Seen::Route(route) => is_in_our_slot(route).then_some(Key::Route(route.dst)),
         Seen::Neighbour(neighbour) => Some(Key::Neighbour(name(neighbour.index)?, neighbour.ip)),
         Seen::Fdb(fdb) => Some(Key::Fdb(name(fdb.index)?, fdb.mac)),
@@ -30,10 +31,18 @@ fn is_in_our_slot(route: &SeenRoute) -> bool {
     route.table == MAIN && route.flags & CLONED == 0 && route.metric == metric(route.dst)
 }
 
+pub(super) fn is_blackhole(route: &SeenRoute) -> bool {
+    route.table == MAIN
+        && route.kind == BLACKHOLE
+        && route.metric == LAST_METRIC
+        && route.protocol == PROTOCOL
+}
+
 /// Is the object in the kernel exactly the wanted one? Both have the same [`key`].
 pub(super) fn same(want: &Object, have: &Seen, links: &Links) -> bool {
     match (want, have) {
         (Object::Address(_), Seen::Address(_)) => true,
+        (Object::Blackhole(_), Seen::Route(have)) => is_blackhole(have),
         (Object::Route(want), Seen::Route(have)) => {
             !have.odd
                 && have.kind == UNICAST
@@ -56,7 +65,9 @@ pub(super) fn same(want: &Object, have: &Seen, links: &Links) -> bool {
 pub(super) fn covers(dump: Dump, key: &Key) -> bool {
     match (dump, key) {
         (Dump::Addresses, Key::Address(..)) => true,
-        (Dump::Routes { v4 }, Key::Route(dst)) => matches!(dst, IpNet::V4(_)) == v4,
+        (Dump::Routes { v4 }, Key::Route(dst) | Key::Blackhole(dst)) => {
+            matches!(dst, IpNet::V4(_)) == v4
+        }
         (Dump::Neighbours { link, v4 }, Key::Neighbour(on, ip)) => {
             *on == link && ip.is_ipv4() == v4
         }
@@ -68,7 +79,7 @@ pub(super) fn covers(dump: Dump, key: &Key) -> bool {
 /// The link that an object needs.
 pub(super) fn link_of(object: &Object) -> Option<IfName> {
     match object {
-        Object::Link(_) => None,
+        Object::Link(_) | Object::Blackhole(_) => None,
         Object::Sysctl(sysctl) => Some(sysctl.link),
         Object::Address(address) => Some(address.link),
         Object::Fdb(fdb) => Some(fdb.link),
@@ -95,11 +106,13 @@ pub(super) fn stray(seen: &Seen, links: &Links, networks: &[IpNet], devices: &[I
     match seen {
         Seen::Route(route) => {
             let in_network = networks.iter().any(|network| network.contains(&route.dst));
-            if !in_network
-                || route.table != MAIN
-                || route.flags & CLONED != 0
-                || route.kind != UNICAST
-            {
+            if !in_network || route.table != MAIN || route.flags & CLONED != 0 {
+                return Stray::Leave;
+            }
+            if is_blackhole(route) {
+                return Stray::Remove(Object::Blackhole(route.dst));
+            }
+            if route.kind != UNICAST {
                 return Stray::Leave;
             }
             let link = links.at(route.oif).map(|link| link.name);

@@ -4,9 +4,11 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use super::message::{Writer, flag};
 use super::object::{Address, Fdb, IfName, Link, LinkKind, Mac, Neighbour, Route};
-use super::seen::{AF_BRIDGE, AF_INET, AF_INET6, MAIN, ONLINK, PERMANENT, SELF, UNICAST, UP, kind};
+use super::seen::{
+    AF_BRIDGE, AF_INET, AF_INET6, BLACKHOLE, MAIN, ONLINK, PERMANENT, SELF, UNICAST, UP, kind,
+};
+use crate::netlink::{Writer, flag};
 
 const UPDATE: u16 = flag::CREATE | flag::REPLACE;
 
@@ -116,6 +118,21 @@ pub(super) fn address(
 /// Metric that routes of ours have: none for IPv4, the kernel's default for IPv6.
 pub(super) fn metric(dst: IpNet) -> u32 {
     if matches!(dst, IpNet::V4(_)) { 0 } else { 1024 }
+}
+
+/// Metric of the blackhole routes: every other route comes first.
+pub(super) const LAST_METRIC: u32 = u32::MAX;
+
+pub(super) fn blackhole(out: &mut Writer, sequence: u32, dst: IpNet, protocol: u8, remove: bool) {
+    if remove {
+        out.begin(kind::DELROUTE, 0, sequence);
+    } else {
+        out.begin(kind::NEWROUTE, UPDATE, sequence);
+    }
+    out.fixed(&rtmsg(dst, protocol, 0, BLACKHOLE, 0));
+    out.attribute(1, &octets(dst.addr()));
+    out.u32(6, LAST_METRIC);
+    out.end();
 }
 
 /// `struct rtmsg` for a route in the main table.

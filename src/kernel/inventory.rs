@@ -6,9 +6,9 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use super::encode::{self, Dump};
-use super::message::{DONE, ERROR, Writer, messages, outcome};
 use super::object::{IfName, Mac};
 use super::seen::{MAIN, Seen, UNICAST, decode};
+use crate::netlink::{DONE, ERROR, Writer, flag, messages, outcome};
 use crate::sys::netlink::{Netlink, Received};
 
 /// An address of an interface.
@@ -69,8 +69,7 @@ impl Inventory {
     /// # Errors
     /// As `socket(2)`, or the kernel's refusal.
     pub fn read(reach: Option<IpAddr>) -> io::Result<Self> {
-        let mut reader =
-            Reader { netlink: Netlink::requests()?, buffer: vec![0; 32 << 10], sequence: 0 };
+        let mut reader = Reader::open()?;
         let mut inventory = Self::default();
         for seen in reader.ask(|out, sequence| encode::dump(out, sequence, Dump::Links, 0))? {
             if let Seen::Link(link) = seen {
@@ -137,15 +136,29 @@ impl Inventory {
     }
 }
 
-struct Reader {
+/// Asks the kernel, one question after the other, and waits for each answer.
+pub(super) struct Reader {
     netlink: Netlink,
     buffer: Vec<u8>,
     sequence: u32,
 }
 
 impl Reader {
+    pub(super) fn open() -> io::Result<Self> {
+        Ok(Self { netlink: Netlink::requests()?, buffer: vec![0; 32 << 10], sequence: 0 })
+    }
+
+    /// Sends one order and waits for its acknowledgement.
+    pub(super) fn order(&mut self, write: impl FnOnce(&mut Writer, u32)) -> io::Result<()> {
+        let acknowledged = |out: &mut Writer, sequence| {
+            write(out, sequence);
+            out.add_flags(flag::ACK);
+        };
+        self.ask(acknowledged).map(drop)
+    }
+
     /// Sends one request and collects the answers. The kernel has them ready when the request returns.
-    fn ask(&mut self, write: impl FnOnce(&mut Writer, u32)) -> io::Result<Vec<Seen>> {
+    pub(super) fn ask(&mut self, write: impl FnOnce(&mut Writer, u32)) -> io::Result<Vec<Seen>> {
         self.sequence += 1;
         let mut writer = Writer::default();
         write(&mut writer, self.sequence);

@@ -7,8 +7,8 @@ mod compare;
 mod desired;
 mod encode;
 mod inventory;
+mod leftovers;
 mod links;
-mod message;
 mod object;
 mod paths;
 mod port;
@@ -16,6 +16,7 @@ mod reconcile;
 mod seen;
 
 pub use inventory::{Interface, InterfaceAddress, Inventory, Reached};
+pub use leftovers::remove as remove_leftovers;
 pub use object::{
     Address, Fdb, IfName, Key, Link, LinkKind, Mac, Neighbour, Object, Owner, Route, Sysctl, Vxlan,
 };

@@ -235,6 +235,9 @@ pub enum Object {
     Address(Address),
     /// Route.
     Route(Route),
+    /// Where packets to this prefix go when no other route takes them: nowhere. Its metric is the largest there is, so that
+    /// a bridge's own route always comes first.
+    Blackhole(IpNet),
     /// Neighbour entry.
     Neighbour(Neighbour),
     /// VXLAN forwarding entry.
@@ -258,6 +261,8 @@ pub enum Key {
     Neighbour(IfName, IpAddr),
     /// By destination, in the main table at the family's default metric.
     Route(IpNet),
+    /// By destination, in the main table at the largest metric.
+    Blackhole(IpNet),
 }
 
 impl Object {
@@ -267,6 +272,7 @@ impl Object {
             Self::Link(link) => Key::Link(link.name),
             Self::Address(address) => Key::Address(address.link, address.addr),
             Self::Route(route) => Key::Route(route.dst),
+            Self::Blackhole(dst) => Key::Blackhole(*dst),
             Self::Neighbour(neighbour) => Key::Neighbour(neighbour.link, neighbour.ip),
             Self::Fdb(fdb) => Key::Fdb(fdb.link, fdb.mac),
             Self::Sysctl(sysctl) => Key::Sysctl(sysctl.path.clone()),
@@ -290,6 +296,7 @@ impl fmt::Display for Object {
                 }
                 if route.onlink { f.write_str(" onlink") } else { Ok(()) }
             }
+            Self::Blackhole(dst) => write!(f, "blackhole route {dst}"),
             Self::Neighbour(n) => write!(f, "neighbour {} lladdr {} dev {}", n.ip, n.mac, n.link),
             Self::Fdb(fdb) => write!(f, "fdb {} dst {} dev {}", fdb.mac, fdb.dst, fdb.link),
             Self::Sysctl(sysctl) => write!(f, "sysctl {} = {}", sysctl.path, sysctl.value),

@@ -4,8 +4,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
 
-use super::message::{Message, attributes, u16_at, u32_at};
 use super::object::{IfName, Mac};
+use crate::netlink::{Message, attributes, u16_at, u32_at};
 
 /// Message types of `linux/rtnetlink.h`; a NEW, its DEL, and its GET lie side by side.
 pub(super) mod kind {
@@ -35,6 +35,8 @@ pub(super) const SELF: u8 = 2;
 pub(super) const MAIN: u32 = 254;
 /// `RTN_UNICAST`.
 pub(super) const UNICAST: u8 = 1;
+/// `RTN_BLACKHOLE`.
+pub(super) const BLACKHOLE: u8 = 6;
 /// `RTPROT_KERNEL`.
 pub(super) const PROTO_KERNEL: u8 = 2;
 pub(super) const PROTO_BOOT: u8 = 3;

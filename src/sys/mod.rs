@@ -1,6 +1,7 @@
 //! All of the unsafe code and the raw system calls, each behind a small safe type.
 
 pub mod buffer;
+pub mod child;
 pub mod netlink;
 pub mod netns;
 pub mod random;

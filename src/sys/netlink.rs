@@ -1,4 +1,6 @@
-//! Netlink sockets (`netlink(7)`) that do not block: one for requests and their answers, one for notifications.
+//! Netlink sockets (`netlink(7)`) that do not block: for requests and their answers, and for notifications.
+
+#![allow(unsafe_code)]
 
 use std::fmt;
 use std::io;
@@ -11,6 +13,8 @@ use neli::utils::Groups;
 const BUFFER: usize = 4 << 20;
 /// `RTNLGRP_*` of `linux/rtnetlink.h`: links, neighbours, IPv4 addresses and routes, IPv6 addresses and routes.
 const GROUPS: [u32; 6] = [1, 3, 5, 7, 9, 11];
+/// `NFNLGRP_NFTABLES` of `linux/netfilter/nfnetlink.h`.
+const RULESETS: [u32; 1] = [7];
 
 /// What a read came to.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -23,7 +27,7 @@ pub enum Received {
     Nothing,
 }
 
-/// A socket of the `NETLINK_ROUTE` family.
+/// A netlink socket.
 pub struct Netlink {
     socket: NlSocket,
 }
@@ -35,12 +39,24 @@ impl fmt::Debug for Netlink {
 }
 
 impl Netlink {
-    /// A socket for requests.
+    /// A socket for requests about links, addresses, routes and neighbours (`NETLINK_ROUTE`).
     ///
     /// # Errors
     /// As `socket(2)` and `bind(2)`.
     pub fn requests() -> io::Result<Self> {
-        let netlink = Self::open(Groups::empty())?;
+        Self::open_requests(NlFamily::Route)
+    }
+
+    /// A socket for requests about firewall rules (`NETLINK_NETFILTER`).
+    ///
+    /// # Errors
+    /// As `socket(2)` and `bind(2)`.
+    pub fn ruleset_requests() -> io::Result<Self> {
+        Self::open_requests(NlFamily::Netfilter)
+    }
+
+    fn open_requests(family: NlFamily) -> io::Result<Self> {
+        let netlink = Self::open(family, Groups::empty())?;
         // both only make answers better, and old kernels have neither
         let _ = netlink.socket.enable_ext_ack(true);
         let _ = netlink.socket.enable_strict_checking(true);
@@ -52,11 +68,56 @@ impl Netlink {
     /// # Errors
     /// As `socket(2)` and `bind(2)`.
     pub fn notices() -> io::Result<Self> {
-        Self::open(Groups::new_groups(&GROUPS))
+        Self::open(NlFamily::Route, Groups::new_groups(&GROUPS))
     }
 
-    fn open(groups: Groups) -> io::Result<Self> {
-        let socket = NlSocket::connect(NlFamily::Route, None, groups)?;
+    /// A socket for notifications of changes to the firewall rules, of those only whose type is `kind`: what was changed
+    /// can be ten thousand rules every few seconds.
+    ///
+    /// # Errors
+    /// As `socket(2)` and `bind(2)`.
+    pub fn ruleset_notices(kind: u16) -> io::Result<Self> {
+        let netlink = Self::open(NlFamily::Netfilter, Groups::empty())?;
+        // a favour: whoever reads looks at the type, too
+        let _ = netlink.hear_only(kind);
+        netlink.socket.add_mcast_membership(Groups::new_groups(&RULESETS))?;
+        Ok(netlink)
+    }
+
+    /// Lets the kernel throw away datagrams whose first message is of another type (`SO_ATTACH_FILTER`).
+    fn hear_only(&self, kind: u16) -> io::Result<()> {
+        const OFFSET_OF_TYPE: u32 = 4;
+        // the program loads in network order what the header has in the host's
+        let kind = u32::from(u16::from_be_bytes(kind.to_ne_bytes()));
+        let step = |code: u32, jt, jf, k| libc::sock_filter {
+            code: u16::try_from(code).unwrap_or(0),
+            jt,
+            jf,
+            k,
+        };
+        let mut program = [
+            step(libc::BPF_LD | libc::BPF_H | libc::BPF_ABS, 0, 0, OFFSET_OF_TYPE),
+            step(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 1, kind),
+            step(libc::BPF_RET | libc::BPF_K, 0, 0, u32::MAX),
+            step(libc::BPF_RET | libc::BPF_K, 0, 0, 0),
+        ];
+        let program = libc::sock_fprog { len: 4, filter: program.as_mut_ptr() };
+        let len = libc::socklen_t::try_from(size_of_val(&program)).unwrap_or(0);
+        // SAFETY: the program and its four steps outlive the call, which copies them; the descriptor is open.
+        let result = unsafe {
+            libc::setsockopt(
+                std::os::fd::AsRawFd::as_raw_fd(&self.socket),
+                libc::SOL_SOCKET,
+                libc::SO_ATTACH_FILTER,
+                (&raw const program).cast(),
+                len,
+            )
+        };
+        if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    }
+
+    fn open(family: NlFamily, groups: Groups) -> io::Result<Self> {
+        let socket = NlSocket::connect(family, None, groups)?;
         socket.nonblock()?;
         super::buffer::grow_receive(&socket, BUFFER);
         Ok(Self { socket })

@@ -21,6 +21,7 @@ use super::merge::{Joined, Kinds, MAX_SEGMENTS, Merger};
 use super::offload::{Offload, Offloads};
 use super::outbox::{self, Outbox};
 use super::table::{Address, Table};
+use crate::family::Family;
 use crate::sys::tun::Tun;
 use crate::sys::udp::{SLOT, UdpPort};
 use crate::wire::icmpv6;
@@ -350,14 +351,6 @@ impl Plane {
         }
         Ok(Turn::More)
     }
-}
-
-/// An address family, and its socket.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-#[allow(missing_docs)] // they are what they are called
-pub enum Family {
-    V4,
-    V6,
 }
 
 /// Writes one packet, with what goes before it if the device wants that.

@@ -10,7 +10,8 @@ use super::super::offload::Offload;
 use super::super::outbox::{self, Run};
 use super::super::stats::Reason;
 use super::super::{OVERHEAD_V4, OVERHEAD_V6};
-use super::{Family, Lane, Plane, Step, TunGone, write};
+use super::{Lane, Plane, Step, TunGone, write};
+use crate::family::Family;
 use crate::sys::tun;
 use crate::sys::udp;
 use crate::wire::{ip, vnet};
@@ -97,7 +98,7 @@ impl Plane {
     /// Sends what waits, until the socket is full.
     fn send(&mut self, now: Instant) -> Result<(), TunGone> {
         while let Some(first) = self.outbox.waiting().first() {
-            let (family, first_is_run) = (family_of(first.to), first.count > 1);
+            let (family, first_is_run) = (Family::of(first.to), first.count > 1);
             let lane = match family {
                 Family::V4 => &mut self.v4,
                 Family::V6 => &mut self.v6,
@@ -113,7 +114,7 @@ impl Plane {
             for run in self.outbox.waiting().iter().take(most) {
                 let segment = (run.count > 1).then_some(run.segment);
                 let parts = self.outbox.parts(run).iter().map(|part| part.of(bytes));
-                if family_of(run.to) != family
+                if Family::of(run.to) != family
                     || !burst.add(SocketAddr::new(run.to, self.port), segment, parts)
                 {
                     break;
@@ -175,7 +176,7 @@ impl Plane {
                     self.outbox.done_datagram();
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    self.set_full(Some(family_of(alone.to)));
+                    self.set_full(Some(Family::of(alone.to)));
                     return Ok(Alone::Full);
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
@@ -240,7 +241,7 @@ impl Plane {
     /// Sends the first packet that waits, which may not be refused, in a datagram that the kernel cuts. `false` when it still
     /// waits, because the socket is full.
     fn send_in_fragments(&mut self, alone: &Run) -> bool {
-        let family = family_of(alone.to);
+        let family = Family::of(alone.to);
         let allow = |plane: &mut Self, allowed| {
             if let Some(lane) = plane.lane(family) {
                 lane.udp.allow_fragments(allowed);
@@ -277,10 +278,6 @@ impl Plane {
         }
         Ok(())
     }
-}
-
-fn family_of(address: IpAddr) -> Family {
-    if address.is_ipv4() { Family::V4 } else { Family::V6 }
 }
 
 /// The longest packet in bytes that fits into a datagram on its way to a host; the device's `mtu` if nobody knows better.

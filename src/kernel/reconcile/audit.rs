@@ -9,9 +9,9 @@ use super::{ANSWER, AUDIT, ENODEV, ENOENT, ESRCH, KernelEvent, Reconciler, errno
 use crate::kernel::compare::{self, Stray};
 use crate::kernel::desired::State;
 use crate::kernel::encode::Dump;
-use crate::kernel::message::{DONE, ERROR, Message, flag, outcome};
 use crate::kernel::object::{Address, IfName, Link, LinkKind, Object};
 use crate::kernel::seen::{Seen, decode};
+use crate::netlink::{DONE, ERROR, Message, flag, outcome};
 
 /// So often an audit lists again what changed while it was listed; then it comes back later.
 const INTERRUPTIONS: u8 = 10;

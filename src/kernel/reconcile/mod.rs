@@ -22,10 +22,10 @@ use ipnet::IpNet;
 use crate::kernel::desired::{Clash, Desired, State};
 use crate::kernel::encode::{self, Dump};
 use crate::kernel::links::Links;
-use crate::kernel::message::{Message, Writer, messages};
 use crate::kernel::object::{IfName, Key, Object, Owner};
 use crate::kernel::paths::Paths;
 use crate::kernel::seen::{Seen, UNICAST, decode};
+use crate::netlink::{Message, Writer, messages};
 
 /// Messages of one batch: about a millisecond of the kernel's time.
 const BATCH: usize = 256;

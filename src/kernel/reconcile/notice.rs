@@ -6,9 +6,9 @@ use super::{Reconciler, STIR, STIR_ROUTES};
 use crate::kernel::compare::{self, PROTOCOL};
 use crate::kernel::desired::State;
 use crate::kernel::links::{Verdict, judge};
-use crate::kernel::message::messages;
 use crate::kernel::object::{IfName, Key, Link, LinkKind, Object};
 use crate::kernel::seen::{Seen, SeenLink, decode, kind};
+use crate::netlink::messages;
 
 impl Reconciler {
     /// A datagram from the notification socket.

@@ -10,8 +10,8 @@ use crate::kernel::compare::{self, PROTOCOL};
 use crate::kernel::desired::State;
 use crate::kernel::encode;
 use crate::kernel::links::{Verdict, judge};
-use crate::kernel::message::{ERROR, Message, flag, outcome};
 use crate::kernel::object::{Key, Link, LinkKind, Object};
+use crate::netlink::{ERROR, Message, flag, outcome};
 
 impl Reconciler {
     pub(super) fn write_batch(&mut self, now: Instant) -> Option<Job> {
@@ -72,6 +72,9 @@ impl Reconciler {
             }
             Object::Route(route) => {
                 encode::put_route(&mut self.writer, sequence, route, index, PROTOCOL)
+            }
+            Object::Blackhole(dst) => {
+                encode::blackhole(&mut self.writer, sequence, *dst, PROTOCOL, false);
             }
             Object::Link(_) | Object::Sysctl(_) => {}
         }
@@ -150,6 +153,9 @@ impl Reconciler {
                 encode::neighbour(&mut self.writer, sequence, neighbour, index_or_zero, true);
             }
             Object::Route(route) => encode::delete_route(&mut self.writer, sequence, route, index),
+            Object::Blackhole(dst) => {
+                encode::blackhole(&mut self.writer, sequence, *dst, PROTOCOL, true);
+            }
             Object::Link(_) | Object::Sysctl(_) => return false,
         }
         true

@@ -8,41 +8,41 @@ const TYPE_MASK: u16 = 0x3fff;
 const NLA_F_NESTED: u16 = 0x8000;
 
 /// `NLM_F_*`.
-pub(super) mod flag {
-    pub(in super::super) const REQUEST: u16 = 1;
-    pub(in super::super) const ACK: u16 = 4;
-    pub(in super::super) const DUMP_INTR: u16 = 0x10;
-    pub(in super::super) const DUMP: u16 = 0x300;
-    pub(in super::super) const REPLACE: u16 = 0x100;
-    pub(in super::super) const EXCL: u16 = 0x200;
-    pub(in super::super) const CREATE: u16 = 0x400;
-    pub(in super::super) const CAPPED: u16 = 0x100;
-    pub(in super::super) const ACK_TLVS: u16 = 0x200;
+pub(crate) mod flag {
+    pub(crate) const REQUEST: u16 = 1;
+    pub(crate) const ACK: u16 = 4;
+    pub(crate) const DUMP_INTR: u16 = 0x10;
+    pub(crate) const DUMP: u16 = 0x300;
+    pub(crate) const REPLACE: u16 = 0x100;
+    pub(crate) const EXCL: u16 = 0x200;
+    pub(crate) const CREATE: u16 = 0x400;
+    pub(crate) const CAPPED: u16 = 0x100;
+    pub(crate) const ACK_TLVS: u16 = 0x200;
 }
 
 /// `NLMSG_ERROR`.
-pub(super) const ERROR: u16 = 2;
+pub(crate) const ERROR: u16 = 2;
 /// `NLMSG_DONE`.
-pub(super) const DONE: u16 = 3;
+pub(crate) const DONE: u16 = 3;
 
 /// A datagram being written.
 #[derive(Debug, Default)]
-pub(super) struct Writer {
+pub(crate) struct Writer {
     bytes: Vec<u8>,
     message_at: usize,
 }
 
 impl Writer {
-    pub(super) fn bytes(&self) -> &[u8] {
+    pub(crate) fn bytes(&self) -> &[u8] {
         &self.bytes
     }
 
-    pub(super) fn clear(&mut self) {
+    pub(crate) fn clear(&mut self) {
         self.bytes.clear();
     }
 
     /// Begins a message; [`Writer::end`] ends it.
-    pub(super) fn begin(&mut self, kind: u16, flags: u16, sequence: u32) {
+    pub(crate) fn begin(&mut self, kind: u16, flags: u16, sequence: u32) {
         self.message_at = self.bytes.len();
         self.bytes.extend_from_slice(&0u32.to_ne_bytes());
         self.bytes.extend_from_slice(&kind.to_ne_bytes());
@@ -52,29 +52,29 @@ impl Writer {
     }
 
     /// The family's fixed header, whose length is a multiple of 4.
-    pub(super) fn fixed(&mut self, header: &[u8]) {
+    pub(crate) fn fixed(&mut self, header: &[u8]) {
         self.bytes.extend_from_slice(header);
     }
 
-    pub(super) fn attribute(&mut self, kind: u16, value: &[u8]) {
+    pub(crate) fn attribute(&mut self, kind: u16, value: &[u8]) {
         let at = self.open(kind);
         self.bytes.extend_from_slice(value);
         self.close(at);
     }
 
-    pub(super) fn u32(&mut self, kind: u16, value: u32) {
+    pub(crate) fn u32(&mut self, kind: u16, value: u32) {
         self.attribute(kind, &value.to_ne_bytes());
     }
 
     /// Text with its terminating NUL.
-    pub(super) fn text(&mut self, kind: u16, value: &str) {
+    pub(crate) fn text(&mut self, kind: u16, value: &str) {
         let at = self.open(kind);
         self.bytes.extend_from_slice(value.as_bytes());
         self.bytes.push(0);
         self.close(at);
     }
 
-    pub(super) fn nest(&mut self, kind: u16, fill: impl FnOnce(&mut Self)) {
+    pub(crate) fn nest(&mut self, kind: u16, fill: impl FnOnce(&mut Self)) {
         let at = self.open(kind | NLA_F_NESTED);
         fill(self);
         self.close(at);
@@ -95,13 +95,13 @@ impl Writer {
     }
 
     /// Ends the message that was begun last.
-    pub(super) fn end(&mut self) {
+    pub(crate) fn end(&mut self) {
         let len = u32::try_from(self.bytes.len() - self.message_at).unwrap_or(u32::MAX);
         self.bytes[self.message_at..self.message_at + 4].copy_from_slice(&len.to_ne_bytes());
     }
 
     /// Adds flags to the message that was begun last.
-    pub(super) fn add_flags(&mut self, flags: u16) {
+    pub(crate) fn add_flags(&mut self, flags: u16) {
         let at = self.message_at + 6;
         if let Some(old) = u16_at(&self.bytes, at) {
             self.bytes[at..at + 2].copy_from_slice(&(old | flags).to_ne_bytes());
@@ -111,17 +111,17 @@ impl Writer {
 
 /// One received message.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) struct Message<'a> {
-    pub(super) kind: u16,
-    pub(super) flags: u16,
-    pub(super) sequence: u32,
+pub(crate) struct Message<'a> {
+    pub(crate) kind: u16,
+    pub(crate) flags: u16,
+    pub(crate) sequence: u32,
     /// The socket that caused it, where the kernel tells.
-    pub(super) port: u32,
-    pub(super) payload: &'a [u8],
+    pub(crate) port: u32,
+    pub(crate) payload: &'a [u8],
 }
 
 /// The messages of a datagram. What is cut off or malformed ends the iteration.
-pub(super) fn messages(mut datagram: &[u8]) -> impl Iterator<Item = Message<'_>> {
+pub(crate) fn messages(mut datagram: &[u8]) -> impl Iterator<Item = Message<'_>> {
     std::iter::from_fn(move || {
         let len = usize::try_from(u32_at(datagram, 0)?).ok()?;
         let message = datagram.get(..len).filter(|_| len >= HEADER)?;
@@ -137,7 +137,7 @@ pub(super) fn messages(mut datagram: &[u8]) -> impl Iterator<Item = Message<'_>>
 }
 
 /// The attributes in `bytes`: type without its flag bits, and value.
-pub(super) fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
+pub(crate) fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     std::iter::from_fn(move || {
         let len = usize::from(u16_at(bytes, 0)?);
         let kind = u16_at(bytes, 2)? & TYPE_MASK;
@@ -148,7 +148,7 @@ pub(super) fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])>
 }
 
 /// What an `NLMSG_ERROR` message says: the error number (0 is an acknowledgement) and the kernel's own explanation.
-pub(super) fn outcome<'a>(message: &Message<'a>) -> Option<(i32, Option<&'a str>)> {
+pub(crate) fn outcome<'a>(message: &Message<'a>) -> Option<(i32, Option<&'a str>)> {
     let code = i32::from_ne_bytes(message.payload.get(..4)?.try_into().ok()?).checked_neg()?;
     if message.flags & flag::ACK_TLVS == 0 {
         return Some((code, None));
@@ -169,11 +169,11 @@ pub(super) fn outcome<'a>(message: &Message<'a>) -> Option<(i32, Option<&'a str>
     ))
 }
 
-pub(super) fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
+pub(crate) fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
     Some(u16::from_ne_bytes(bytes.get(at..at + 2)?.try_into().ok()?))
 }
 
-pub(super) fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
+pub(crate) fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
     Some(u32::from_ne_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
 }
 

@@ -1,0 +1,69 @@
+//! `flanneld -cleanup`: takes every flannel's rules, routes and devices from this host, and ends.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+
+use log::info;
+use mio::{Events, Poll};
+
+use super::rules::{PATIENCE, Rules};
+use super::{Fatal, clock, fatal, wait};
+use crate::cli::Settings;
+use crate::kernel;
+use crate::subnet_file;
+
+/// Files stay: the subnet file and the saved view are the operator's to delete.
+///
+/// # Errors
+/// A flanneld is running here, or something cannot be removed.
+pub fn clean_up(settings: &Settings) -> Result<(), Fatal> {
+    if let Some(process) = running() {
+        return Err(Fatal(format!(
+            "a flanneld is running here, process {process}: stop it first, it would put everything back"
+        )));
+    }
+    kernel::remove_leftovers(&mut |what| info!("removed {what}"))
+        .map_err(|error| Fatal(error.to_string()))?;
+    let mut poll = Poll::new().map_err(fatal("set up the event loop"))?;
+    let registry = poll.registry().try_clone().map_err(fatal("set up the event loop"))?;
+    let start = clock::now().mono;
+    let mut rules = Rules::open(&settings.firewall, &registry, start)?;
+    rules.clean_up(subnet_file::previous(&settings.subnet_file).networks, start);
+    let mut events = Events::with_capacity(16);
+    loop {
+        let now = clock::now().mono;
+        rules.turn(&registry, now)?;
+        if rules.is_clean() {
+            info!(
+                "this host has no rules, routes and devices of flannel any more; files stay as they are"
+            );
+            return Ok(());
+        }
+        if now >= start + PATIENCE {
+            let reason = rules.trouble().unwrap_or_else(|| "it takes too long".into());
+            return Err(Fatal(format!("some traffic rules could not be removed: {reason}")));
+        }
+        let deadline = rules.poll_timeout(now).unwrap_or(now + PATIENCE).min(start + PATIENCE);
+        wait(&mut poll, &mut events, Some(deadline), now)?;
+        if !events.is_empty() {
+            rules.handle_ready();
+        }
+    }
+}
+
+/// Another process that is called as we are, in our network namespace.
+fn running() -> Option<u32> {
+    let namespace = |process: &str| {
+        fs::metadata(format!("/proc/{process}/ns/net")).map(|meta| (meta.dev(), meta.ino())).ok()
+    };
+    let here = namespace("self")?;
+    let processes = fs::read_dir("/proc").ok()?.flatten();
+    processes
+        .filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok())
+        .filter(|process| *process != std::process::id())
+        .find(|process| {
+            let name = fs::read_to_string(format!("/proc/{process}/comm"));
+            name.is_ok_and(|name| name.trim_end() == "flanneld")
+                && namespace(&process.to_string()) == Some(here)
+        })
+}
