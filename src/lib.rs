@@ -28,7 +28,7 @@ pub mod backend;
 pub mod backoff;
 pub mod cli;
 pub mod config;
-mod family;
+pub mod family;
 pub mod firewall;
 pub mod forward;
 pub mod health;
