@@ -120,7 +120,8 @@ impl Legacy {
             self.forget_fully_random();
         }
         self.in_place = [false; 2];
-        self.look_at = Some(now);
+        let concerned = self.keeps || self.of_interest().next().is_some();
+        self.look_at = concerned.then_some(now);
     }
 
     /// Has it been seen what is there?

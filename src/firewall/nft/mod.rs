@@ -6,6 +6,8 @@
 
 mod decode;
 mod encode;
+#[cfg(test)]
+mod tests;
 pub(crate) mod wire;
 
 use std::collections::VecDeque;
@@ -94,6 +96,8 @@ pub struct Native {
     seen: Seen,
     /// The state that [`Native::seen`] shows.
     generation: u32,
+    /// Looks go to every place where any flanneld may have left something, until nothing is left.
+    thorough: bool,
     /// Lists that this look still needs.
     lists: VecDeque<(Family, &'static str, &'static str)>,
     looked_at: Option<Instant>,
@@ -131,6 +135,7 @@ impl Native {
             hint: None,
             seen: Seen::default(),
             generation: 0,
+            thorough: true,
             lists: VecDeque::new(),
             looked_at: None,
             look_at: Some(now),
@@ -154,6 +159,7 @@ impl Native {
             let side = &mut self.sides[index(family)];
             side.in_place = false;
             side.retry_at = None;
+            self.thorough = true;
             if !side.fully_random {
                 self.forget_fully_random(family);
             }
@@ -207,7 +213,7 @@ impl Native {
     pub fn poll_timeout(&self) -> Option<Instant> {
         match &self.job {
             Some((_, deadline)) => Some(*deadline),
-            None => self.look_at,
+            None => self.look_at.filter(|_| self.unsupported.is_none()),
         }
     }
 
@@ -291,7 +297,11 @@ impl Native {
         self.looked_at = Some(now);
         self.seen = Seen::default();
         let mut asks = vec![Ask::Generation];
-        for site in Site::all(Style::Iptables).chain(Site::all(Style::Nftables)) {
+        let thorough = self.thorough;
+        let wanted =
+            |site: Site| self.wants.iter().any(|(s, rules)| *s == site && !rules.is_empty());
+        let all = Site::all(Style::Iptables).chain(Site::all(Style::Nftables));
+        for site in all.filter(|site| thorough || wanted(*site)) {
             let table = Ask::Table(site.family, site.table());
             if !asks.contains(&table) {
                 asks.push(table);
@@ -299,7 +309,7 @@ impl Native {
             let chain = |chain| Ask::Chain(site.family, site.table(), chain);
             asks.extend(site.hook().map(chain));
             asks.push(chain(site.chain()));
-            if (site.style, site.part) == (Style::Iptables, Part::Masquerade) {
+            if thorough && (site.style, site.part) == (Style::Iptables, Part::Masquerade) {
                 asks.push(chain(OLD_CHAIN));
             }
         }
@@ -342,6 +352,7 @@ impl Native {
             if !std::mem::replace(&mut side.in_place, true) && has_any(&self.wants, family) {
                 self.events.push_back(Event::InPlace(family));
             }
+            self.thorough = !self.sides.iter().all(|side| side.in_place);
             return None;
         }
         if side.retry_at.is_some_and(|at| at > now) {
