@@ -1,7 +1,7 @@
 # Everything that there is to do here. `make help` lists it.
 
-PACKAGES := etcd-server etcd-client iproute2 iputils-ping iperf3 curl procps gcc libc6-dev
-COMMANDS := etcd etcdctl ip bridge ping iperf3 curl setsid sysctl gcc
+PACKAGES := etcd-server etcd-client iproute2 iptables nftables iputils-ping iperf3 curl procps gcc libc6-dev
+COMMANDS := etcd etcdctl ip bridge iptables-nft iptables-legacy nft ping iperf3 curl setsid sysctl gcc
 HOST     := $(shell rustc -vV 2>/dev/null | sed -n 's/^host: //p')
 LIMIT    := 3500000
 

@@ -79,7 +79,7 @@ pub fn changes(wants: &[Want], family: Family, ours: &Ours, seen: &Seen) -> Vec<
         remove(*site, ours, seen, &mut |change| changes.push((*site, change)));
     }
     remove_own_table(here(), ours, seen, &mut changes);
-    changes.sort_by(|a, b| order(a).cmp(&order(b)));
+    changes.sort_by_key(order);
     changes.dedup();
     changes
 }
@@ -253,15 +253,16 @@ fn delete(chain: &'static str, handles: impl Iterator<Item = u64>, push: &mut im
 }
 
 /// Things are made first and removed last; of the rules in one chain the last one goes first, so that numbers stay true.
-fn order((site, change): &(Site, Change)) -> (u8, Option<(Site, &'static str, Reverse<u64>)>) {
-    match change {
-        Change::MakeTable => (0, None),
-        Change::MakeHook | Change::MakeChain => (1, None),
-        Change::Delete { chain, handle } => (2, Some((*site, chain, Reverse(*handle)))),
-        Change::Insert(_) | Change::Append { .. } => (3, None),
-        Change::RemoveChain(_) => (4, None),
-        Change::RemoveTable => (5, None),
-    }
+fn order((_, change): &(Site, Change)) -> (u8, &'static str, Reverse<u64>) {
+    let (rank, chain, handle) = match change {
+        Change::MakeTable => (0, "", 0),
+        Change::MakeHook | Change::MakeChain => (1, "", 0),
+        Change::Delete { chain, handle } => (2, *chain, *handle),
+        Change::Insert(_) | Change::Append { .. } => (3, "", 0),
+        Change::RemoveChain(_) => (4, "", 0),
+        Change::RemoveTable => (5, "", 0),
+    };
+    (rank, chain, Reverse(handle))
 }
 
 #[cfg(test)]

@@ -253,12 +253,10 @@ impl Firewall {
     pub fn handle_finished(&mut self, finished: &Finished, now: Instant) {
         self.legacy.handle_finished(finished, now);
         self.decide(now);
-        self.remove_leftovers(now);
     }
 
     /// The next datagram to send, if there is one.
     pub fn poll_transmit(&mut self, now: Instant) -> Option<&[u8]> {
-        self.remove_leftovers(now);
         self.native.poll_transmit(now)
     }
 
@@ -273,8 +271,9 @@ impl Firewall {
         self.native.poll_timeout().into_iter().chain(self.legacy.poll_timeout()).min()
     }
 
-    /// What happened since the last call.
+    /// What happened since the last call. To be asked after every turn.
     pub fn poll_event(&mut self, now: Instant) -> Option<Event> {
+        self.remove_leftovers(now);
         if let Some(event) = self.events.pop_front() {
             return Some(event);
         }

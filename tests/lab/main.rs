@@ -8,5 +8,6 @@ mod overlay;
 mod program;
 mod quiet;
 mod restart;
+mod rules;
 mod store;
 mod world;

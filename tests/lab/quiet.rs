@@ -16,7 +16,8 @@ fn a_quiet_minute() {
         r#"{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan","DirectRouting":true}}"#,
     );
     let hosts = world.hosts(2);
-    let agents: Vec<Agent> = hosts.iter().map(|host| host.start(&["-v=2"])).collect();
+    let agents: Vec<Agent> =
+        hosts.iter().map(|host| host.start(&["-v=2", "-ip-masq", "-ip-blackhole-route"])).collect();
     agents.iter().for_each(Agent::wait_ready);
     // the view is saved five seconds after the last change
     thread::sleep(Duration::from_secs(7));
@@ -26,13 +27,20 @@ fn a_quiet_minute() {
         "ip monitor",
         monitor.args(["monitor", "link", "address", "route"]).stdout(Stdio::from(log)),
     );
+    let log = std::fs::File::create(hosts[0].dir.join("ruleset")).unwrap();
+    let mut nft = hosts[0].command("nft");
+    let nft = Process::start("nft monitor", nft.args(["monitor"]).stdout(Stdio::from(log)));
     let before = (etcd.revision(), etcd.requests(), agents[0].log(), agents[0].process.ticks());
     // an audit falls into it
     thread::sleep(Duration::from_secs(68));
-    drop(monitor);
-    let mut seen = String::new();
-    std::fs::File::open(hosts[0].dir.join("monitor")).unwrap().read_to_string(&mut seen).unwrap();
-    assert_eq!(seen, "");
+    drop((monitor, nft));
+    for monitor in ["monitor", "ruleset"] {
+        let mut seen = String::new();
+        std::fs::File::open(hosts[0].dir.join(monitor)).unwrap().read_to_string(&mut seen).unwrap();
+        assert_eq!(seen, "", "{monitor}");
+    }
+    // on the usual way nothing else is ever run, so nothing takes the lock of iptables either
+    assert_eq!(agents[0].process.child_faults(), 0);
     assert_eq!(etcd.revision(), before.0);
     // the two looks at the revision are requests as well
     assert!(etcd.requests() <= before.1 + 2, "{} requests", etcd.requests() - before.1);

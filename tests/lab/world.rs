@@ -109,6 +109,13 @@ impl Process {
         status.unwrap()
     }
 
+    /// Page faults of children that have ended: not zero as soon as there was one.
+    pub fn child_faults(&self) -> u64 {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid())).unwrap();
+        let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
+        fields[8].parse().unwrap()
+    }
+
     /// Processor time used so far, in ticks of 10 ms.
     pub fn ticks(&self) -> u64 {
         let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid())).unwrap();
@@ -206,6 +213,14 @@ impl World {
     #[track_caller]
     pub fn run_in(&self, part: &str, command: &str) -> String {
         self.try_in(part, command).unwrap_or_else(|error| panic!("{error}"))
+    }
+
+    /// A thread in the namespace of the bridge, where the outside is.
+    pub fn thread<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> thread::JoinHandle<T> {
+        spawn_in(self.ns("net"), work)
     }
 
     /// One more host on the bridge.
@@ -312,6 +327,13 @@ impl Host {
         let mut command = Command::new("ip");
         command.args(["netns", "exec", &format!("{}c{}", self.world, self.number)]).arg(program);
         command
+    }
+
+    /// A command line for a shell in the host's network namespace.
+    #[track_caller]
+    pub fn shell(&self, script: &str) -> String {
+        let output = self.command("sh").args(["-c", script]).stdin(Stdio::null()).output().unwrap();
+        finish(script, &output).unwrap_or_else(|error| panic!("{error}"))
     }
 
     /// A thread in the host's network namespace.

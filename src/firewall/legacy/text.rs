@@ -45,6 +45,9 @@ pub(super) fn parse(text: &str, family: Family) -> Saved {
             if let Some((table, chain)) = known(table, chain) {
                 saved.seen.chains.insert((family, table, chain), Vec::new());
             }
+            // a policy that drops is as good as a rule
+            saved.foreign +=
+                usize::from((table, chain, words.next()) == ("filter", "FORWARD", Some("DROP")));
         } else if let Some(rule) = line.strip_prefix("-A ") {
             let (chain, arguments) = rule.split_once(' ').unwrap_or((rule, ""));
             let Some((table, chain)) = known(table, chain) else {
@@ -57,6 +60,8 @@ pub(super) fn parse(text: &str, family: Family) -> Saved {
             let rule = rule_of(&words, family);
             let jump = words.iter().rposition(|word| word == "-j");
             let jump = jump.and_then(|at| words.get(at + 1)).map(|chain| chain.as_str().into());
+            let everybodys = matches!(chain, "POSTROUTING" | "FORWARD");
+            saved.foreign += usize::from(everybodys && !line.contains("flannel"));
             let found = Found { handle: *number, rule, jump };
             saved.seen.chains.entry((family, table, chain)).or_default().push(found);
         }
@@ -222,7 +227,7 @@ mod tests {
              -A FLANNEL-POSTRTG -s 10.1.0.1 -m comment --comment \"a \\\"b\\\" c\" -j RETURN\nCOMMIT\n",
             Family::V4,
         );
-        assert!(saved.hint && saved.foreign == 1);
+        assert!(saved.hint && saved.foreign == 2);
         let hook = saved.seen.chain(Family::V4, "nat", "POSTROUTING").unwrap();
         assert_eq!(hook[0].rule, None);
         assert_eq!((hook[1].handle, hook[1].jump.as_deref()), (2, Some("FLANNEL-POSTRTG")));
