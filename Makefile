@@ -3,7 +3,7 @@
 PACKAGES := etcd-server etcd-client iproute2 iptables nftables iputils-ping iperf3 curl procps gcc libc6-dev
 COMMANDS := etcd etcdctl ip bridge iptables-nft iptables-legacy nft ping iperf3 curl setsid sysctl gcc
 HOST     := $(shell rustc -vV 2>/dev/null | sed -n 's/^host: //p')
-LIMIT    := 3500000
+LIMIT    := 3800000
 
 .PHONY: help demo test bench lint fmt doc release clean deps root
 

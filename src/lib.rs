@@ -11,9 +11,11 @@
 //!     +-- http             non-blocking HTTP/1.1 over mio, TLS included
 //!     +-- backend          which kernel objects a lease needs (vxlan, host-gw, udp, alloc)
 //!     +-- kernel           desired state against actual state, over netlink
+//!     +-- firewall         masquerade and forward rules: planned, compared, kept in nf_tables or iptables-legacy
 //!     +-- health, notify   /healthz, /readyz, /status, sd_notify
 //!     +-- subnet_file, view    what is told to others on this host, and to our next life
 //!     |
+//!   netlink, family        messages as bytes; IPv4 and IPv6
 //!   lease                  leases, subnet keys, the table of peers and its differences
 //!   forward -> wire        the udp backend's data plane: decide, cut, join; and the packet headers it reads
 //!   sys                    every unsafe block and system call

@@ -3,170 +3,22 @@
 #![allow(clippy::disallowed_methods)] // the tests read the clock
 #![allow(clippy::unwrap_used)] // in the helpers of tests as well
 
+mod life;
+
 use std::fs;
-use std::io::Write;
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use flanneld::family::Family;
-use flanneld::firewall::choose::{Facts, Mode};
-use flanneld::firewall::legacy::{self, Finished, Legacy, Tools, Variant};
-use flanneld::firewall::nft::Native;
+use flanneld::firewall::choose::Mode;
+use flanneld::firewall::legacy::{Finished, Legacy, Tools};
 use flanneld::firewall::plan::Share;
-use flanneld::firewall::{Event, Firewall, Options, Port};
-use flanneld::sys::netns;
+use flanneld::firewall::{Event, Options};
 
-const PATIENCE: Duration = Duration::from_secs(10);
-const NETWORKS: [&str; 2] = ["10.244.0.0/16", "2001:cafe:42::/56"];
-const SUBNETS: [&str; 2] = ["10.244.1.0/24", "2001:cafe:42:1::/64"];
-
-fn try_run(command: &str) -> Result<String, String> {
-    let output = Command::new("sh").args(["-c", command]).output().unwrap();
-    let text = String::from_utf8(output.stdout).unwrap();
-    if output.status.success() {
-        Ok(text)
-    } else {
-        Err(format!("{command}: {text}{}", String::from_utf8_lossy(&output.stderr)))
-    }
-}
-
-#[track_caller]
-fn run(command: &str) -> String {
-    try_run(command).unwrap_or_else(|error| panic!("{error}"))
-}
-
-fn host() {
-    netns::unshare().unwrap();
-    run("ip link set lo up");
-}
-
-fn tools() -> [Option<Tools>; 2] {
-    let path = std::env::var_os("PATH").unwrap();
-    Family::ALL.map(|family| legacy::find_tools(&path, family))
-}
-
-fn share(at: usize) -> Option<Share> {
-    Some(Share { network: NETWORKS[at].parse().unwrap(), subnet: SUBNETS[at].parse().unwrap() })
-}
-
-fn both() -> [Option<Share>; 2] {
-    [share(0), share(1)]
-}
-
-fn options(mode: Mode) -> Options {
-    Options {
-        masquerade: true,
-        fully_random: true,
-        forward: true,
-        resync: Some(Duration::from_millis(200)),
-        mode: Some(mode),
-    }
-}
-
-/// One life of an agent's rules. Programs run one at a time, and count.
-struct Life {
-    firewall: Firewall,
-    port: Port,
-    events: Vec<Event>,
-    commands: Vec<String>,
-    lock: PathBuf,
-}
-
-impl Life {
-    fn begin(options: Options) -> Self {
-        // old tables that hold nothing do not count; those that do are all there are in this namespace
-        let in_use = ["iptables", "ip6tables"].map(|program| {
-            let saved = run(&format!("{program}-legacy-save"));
-            saved.contains("\n-A ") || saved.contains("FLANNEL")
-        });
-        Self::begin_with(options, Facts { host: Some(Variant::Nft), ..Facts::default() }, in_use)
-    }
-
-    fn begin_with(options: Options, facts: Facts, in_use: [bool; 2]) -> Self {
-        let now = Instant::now();
-        let native = Native::new(7, now);
-        let legacy = Legacy::new(tools(), in_use, 7, now);
-        let facts = Facts { forced: options.mode, legacy_tools: true, ..facts };
-        let id = format!("flanneld-lock-{}-{:?}", std::process::id(), thread::current().id());
-        Self {
-            firewall: Firewall::new(options, facts, native, legacy),
-            port: Port::open().unwrap(),
-            events: Vec::new(),
-            commands: Vec::new(),
-            lock: std::env::temp_dir().join(id),
-        }
-    }
-
-    fn set(&mut self, shares: [Option<Share>; 2]) {
-        self.firewall.set(shares, &[], false, Instant::now());
-    }
-
-    fn turn(&mut self) {
-        let now = Instant::now();
-        self.port.turn(&mut self.firewall, now).unwrap();
-        while let Some(command) = self.firewall.poll_command(now) {
-            let name = command.program.file_name().unwrap().to_string_lossy().into_owned();
-            self.commands.push(name);
-            let mut child = Command::new(&command.program)
-                .args(&command.args)
-                .env("XTABLES_LOCKFILE", &self.lock)
-                .stdin(Stdio::piped())
-                .stdout(Stdio::piped())
-                .stderr(Stdio::piped())
-                .spawn()
-                .unwrap();
-            child.stdin.take().unwrap().write_all(command.input.as_bytes()).unwrap();
-            let output = child.wait_with_output().unwrap();
-            let finished = Finished {
-                status: output.status.code(),
-                output: output.stdout,
-                complaint: String::from_utf8_lossy(&output.stderr).into_owned(),
-            };
-            self.firewall.handle_finished(&finished, now);
-        }
-        while let Some(event) = self.firewall.poll_event(now) {
-            self.events.push(event);
-        }
-    }
-
-    #[track_caller]
-    fn run_until(&mut self, what: &str, mut reached: impl FnMut(&mut Self) -> bool) -> Duration {
-        let start = Instant::now();
-        loop {
-            self.turn();
-            if reached(self) {
-                return start.elapsed();
-            }
-            assert!(start.elapsed() < PATIENCE, "{what}: {:?}", self.events);
-            thread::sleep(Duration::from_millis(1));
-        }
-    }
-
-    /// Everything is in place, and nothing more happens.
-    #[track_caller]
-    fn settle(&mut self) -> Duration {
-        self.run_until("rules in place", |life| {
-            life.firewall.is_in_place() && life.firewall.is_clean()
-        })
-    }
-
-    /// Lets time pass.
-    fn idle(&mut self, time: Duration) {
-        let start = Instant::now();
-        while start.elapsed() < time {
-            self.turn();
-            thread::sleep(Duration::from_millis(1));
-        }
-    }
-}
-
-impl Drop for Life {
-    fn drop(&mut self) {
-        let _ = fs::remove_file(&self.lock);
-    }
-}
+use life::{
+    Life, NETWORKS, SUBNETS, both, host, many_rules_of_others, options, run, share, try_run,
+};
 
 /// What `iptables -S` must show for a family (firewall spec 1.3 and 1.4).
 fn reference(at: usize, masquerade: bool, forward: bool, random: &str) -> (String, String) {
@@ -307,7 +159,12 @@ fn the_tools_show_the_reference_lists() {
     }
 }
 
-impl Life {
+trait Judged {
+    fn assert_right(&self, mode: Mode);
+    fn healed(&self) -> Vec<String>;
+}
+
+impl Judged for Life {
     #[track_caller]
     fn assert_right(&self, mode: Mode) {
         if let Some(wrong) = differs(Some(mode), [true; 2], true, true, true) {
@@ -659,58 +516,30 @@ fn leftovers_of_old_versions_go() {
 
 /// Ten thousand rules and chains of others: they are not touched, and a start and a repair are quick.
 #[test]
-fn many_rules_of_others() {
+fn many_rules() {
     for mode in MODES {
         let body = move || {
             host();
-            let (program, restore) = if mode == Mode::IptablesLegacy {
-                ("iptables-legacy", "iptables-legacy-restore")
-            } else {
-                ("iptables-nft", "iptables-nft-restore")
-            };
-            let mut text = String::from("*nat\n");
-            (0..5000).for_each(|n| text += &format!(":KUBE-SVC-{n} - [0:0]\n"));
-            (0..5000).for_each(|n| {
-                text += &format!("-A KUBE-SVC-{n} -d 10.96.{}.{}/32 -j RETURN\n", n / 256, n % 256)
-            });
-            (0..2500).for_each(|n| {
-                text += &format!("-A POSTROUTING -s 172.16.{}.{}/32 -j ACCEPT\n", n / 256, n % 256)
-            });
-            (0..2500).for_each(|n| {
-                text += &format!(
-                    "-A POSTROUTING -s 172.17.{}.{}/32 -o eth0 -j ACCEPT\n",
-                    n / 256,
-                    n % 256
-                )
-            });
-            text += "COMMIT\n";
-            let path =
-                std::env::temp_dir().join(format!("flanneld-many-{}-{mode:?}", std::process::id()));
-            fs::write(&path, text).unwrap();
-            run(&format!("{restore} < {}", path.display()));
-            fs::remove_file(path).unwrap();
-            let others = || {
-                run(&format!(
-                    "{program}-save | grep -v -e FLANNEL -e '^#' -e '^:FORWARD' -e '^:POSTROUTING' -e '^:INPUT' -e '^:OUTPUT' -e '^:PREROUTING' -e COMMIT -e '^[*]'"
-                ))
-            };
-            let before = others();
+            let legacy = mode == Mode::IptablesLegacy;
+            let program = if legacy { "iptables-legacy" } else { "iptables-nft" };
+            let show = many_rules_of_others(program);
+            let before = run(&show);
+            assert_eq!(before.lines().count(), 15_000);
             let mut life = Life::begin(options(mode));
             life.set([share(0), None]);
             let start = life.settle();
-            assert_eq!(before, others());
+            assert_eq!(before, run(&show));
             let damage = match mode {
                 Mode::Nftables => "nft delete table ip flannel-ipv4".to_owned(),
                 _ => format!("{program} -t nat -F FLANNEL-POSTRTG"),
             };
             run(&damage);
-            let repair = life.run_until(&damage, |life| {
-                !life.healed().is_empty() && life.firewall.is_in_place()
-            });
-            assert_eq!(before, others());
-            eprintln!("{mode:?}: start {start:?}, repair {repair:?}");
+            let repaired =
+                |life: &mut Life| !life.healed().is_empty() && life.firewall.is_in_place();
+            let repair = life.run_until(&damage, repaired);
+            assert_eq!(before, run(&show));
             // the bench has the figures; this is what no machine may need
-            let bound = Duration::from_secs(if mode == Mode::IptablesLegacy { 5 } else { 1 });
+            let bound = Duration::from_secs(if legacy { 5 } else { 1 });
             assert!(start < bound && repair < bound, "{mode:?}: {start:?} {repair:?}");
         };
         thread::spawn(body).join().unwrap();

@@ -28,7 +28,9 @@ use crate::netlink::{DONE, ERROR, Message, Writer, attributes, flag, messages, o
 const ANSWER: Duration = Duration::from_secs(5);
 /// Others make changes in bursts.
 const STIR: Duration = Duration::from_millis(10);
-/// Between two looks that others cause, at least.
+/// So many looks that others cause follow each other without delay.
+const BURST: u32 = 5;
+/// Between the looks after those, at least; as long a pause ends the burst.
 const GAP: Duration = Duration::from_millis(250);
 /// Between looks that nobody causes, about.
 const AUDIT: Duration = Duration::from_secs(60);
@@ -101,6 +103,8 @@ pub struct Native {
     /// Lists that this look still needs.
     lists: VecDeque<(Family, &'static str, &'static str)>,
     looked_at: Option<Instant>,
+    /// Looks that followed closely upon another.
+    hurried: u32,
     look_at: Option<Instant>,
     counting_since: Instant,
     /// Families whose turn to be written it is.
@@ -138,6 +142,7 @@ impl Native {
             thorough: true,
             lists: VecDeque::new(),
             looked_at: None,
+            hurried: 0,
             look_at: Some(now),
             counting_since: now,
             writes: VecDeque::new(),
@@ -246,7 +251,8 @@ impl Native {
         if self.unsupported.is_some() {
             return;
         }
-        let at = self.looked_at.map_or(now, |looked| looked + GAP).max(now + STIR);
+        let gap = if self.hurried < BURST { Duration::ZERO } else { GAP };
+        let at = self.looked_at.map_or(now, |looked| looked + gap).max(now + STIR);
         self.look_at = Some(self.look_at.map_or(at, |due| due.min(at)));
     }
 
@@ -294,6 +300,8 @@ impl Native {
     /// Asks which of the tables and chains that concern us are there.
     fn look(&mut self, now: Instant) -> Job {
         self.look_at = None;
+        let pause = self.looked_at.is_none_or(|at| now.saturating_duration_since(at) > GAP);
+        self.hurried = if pause { 0 } else { self.hurried + 1 };
         self.looked_at = Some(now);
         self.seen = Seen::default();
         let mut asks = vec![Ask::Generation];
@@ -445,7 +453,10 @@ impl Native {
                 if HINTS.contains(&chain) {
                     self.hint = Some(true);
                 } else {
-                    self.lists.push_back((family, table, chain));
+                    // the first look only finds out what kind of host this is
+                    if !self.wants.is_empty() {
+                        self.lists.push_back((family, table, chain));
+                    }
                     self.seen.chains.insert((family, table, chain), Vec::new());
                 }
                 if chain == "FORWARD" && decode::number(data, wire::chain::POLICY) == Some(DROP) {
