@@ -36,6 +36,11 @@ pub(super) struct Flag {
 }
 
 impl Flag {
+    /// Does it say what to do, rather than how? Such a flag is meant for one call, and not taken from the environment.
+    pub(super) fn is_command(&self) -> bool {
+        ["version", "help", "cleanup"].contains(&self.name)
+    }
+
     /// The environment variable that stands in for the flag.
     pub(super) fn variable(&self) -> String {
         format!("FLANNELD_{}", self.name.to_ascii_uppercase().replace('-', "_"))

@@ -76,7 +76,7 @@ impl Options {
 
     /// A bad value in the environment leaves the default in force, as upstream does, but is said.
     fn read_environment(&mut self, variable: &dyn Fn(&str) -> Option<String>) {
-        for flag in flags::all().filter(|flag| !["version", "help"].contains(&flag.name)) {
+        for flag in flags::all().filter(|flag| !flag.is_command()) {
             let name = flag.variable();
             let Some(value) = variable(&name).filter(|value| !value.is_empty()) else { continue };
             if self.given.contains_key(flag.name) {

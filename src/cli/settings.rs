@@ -254,10 +254,7 @@ fn address<A: Family>(options: &Options, name: &str) -> Result<Option<A>, String
 
 /// Every option in force, secrets left out.
 fn in_force(options: &Options) -> String {
-    let flags = GROUPS
-        .iter()
-        .flat_map(|(_, flags)| *flags)
-        .filter(|flag| !["version", "help"].contains(&flag.name));
+    let flags = GROUPS.iter().flat_map(|(_, flags)| *flags).filter(|flag| !flag.is_command());
     let shown = flags.map(|flag| {
         let value = match flag.kind {
             Kind::List => options.list(flag.name).join(","),

@@ -34,7 +34,7 @@ const BURST: u32 = 5;
 const GAP: Duration = Duration::from_millis(250);
 /// Between looks that nobody causes, about.
 const AUDIT: Duration = Duration::from_secs(60);
-/// So many repairs in a minute are fine; more are a quarrel with somebody, which is not won by speed.
+/// So many transactions in a minute are fine; more are a quarrel with somebody, which is not won by speed.
 const PATIENCE: u32 = 30;
 
 /// A chain that says that kubelet's `iptables` is the nft variant (firewall spec 1.15), in table `mangle`.
@@ -81,7 +81,7 @@ struct Side {
     backoff: Backoff,
     dialect: Dialect,
     fully_random: bool,
-    /// Repairs since `counting_since`.
+    /// Transactions since `counting_since`.
     repairs: u32,
 }
 
@@ -367,22 +367,20 @@ impl Native {
             self.look_at = [self.look_at, side.retry_at].into_iter().flatten().min();
             return None;
         }
-        side.retry_at = None;
+        let waited = side.retry_at.take().is_some();
+        let last = self.writes.is_empty();
+        let culprit = if last { self.culprit.take() } else { self.culprit.clone() };
+        if side.repairs >= PATIENCE && !waited {
+            let retry_in = side.backoff.failed();
+            side.retry_at = Some(now + retry_in);
+            self.look_at = [self.look_at, side.retry_at].into_iter().flatten().min();
+            let by = culprit.unwrap_or_else(|| "somebody".into());
+            self.events.push_back(Event::Quarrel { family, by, retry_in });
+            return None;
+        }
+        side.repairs += 1;
         if side.in_place {
-            let culprit = self.culprit.clone();
-            if side.repairs >= PATIENCE {
-                let wait = side.backoff.failed();
-                side.retry_at = Some(now + wait);
-                self.look_at = Some(self.look_at.map_or(now + wait, |at| at.min(now + wait)));
-                let by = culprit.unwrap_or_else(|| "somebody".into());
-                self.events.push_back(Event::Quarrel { family, by, retry_in: wait });
-                // one repair for each wait
-                side.in_place = false;
-                return None;
-            }
-            side.repairs += 1;
-            let what = what(&steps);
-            self.events.push_back(Event::Healed { family, what, by: culprit });
+            self.events.push_back(Event::Healed { family, what: what(&steps), by: culprit });
         }
         side.in_place = false;
         let begin = self.next_sequence();
