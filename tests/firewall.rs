@@ -11,13 +11,16 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use flanneld::family::Family;
+use flanneld::firewall::change::Ours;
 use flanneld::firewall::choose::Mode;
 use flanneld::firewall::legacy::{Finished, Legacy, Tools};
-use flanneld::firewall::plan::Share;
+use flanneld::firewall::plan::{self, Share};
+use flanneld::firewall::site::{Site, Style};
 use flanneld::firewall::{Event, Options};
 
 use life::{
-    Life, NETWORKS, SUBNETS, both, host, many_rules_of_others, options, run, share, try_run,
+    Life, NETWORKS, SUBNETS, both, host, many_rules_of_others, options, run, run_command, share,
+    tools, try_run,
 };
 
 /// What `iptables -S` must show for a family (firewall spec 1.3 and 1.4).
@@ -125,7 +128,18 @@ fn differs(
     for (family, table) in [("ip", "flannel-ipv4"), ("ip6", "flannel-ipv6")] {
         found += &try_run(&format!("nft list table {family} {table} 2>&1")).unwrap_or_default();
     }
-    (found != expected_nft).then(|| format!("nft shows:\n{found}but should show:\n{expected_nft}"))
+    // chains stand in the order in which they were made
+    let chains = |text: &str| {
+        let mut chains: Vec<String> = text
+            .split("\n}\n")
+            .flat_map(|table| table.split("\tchain "))
+            .map(|chain| chain.trim().to_owned())
+            .collect();
+        chains.sort();
+        chains
+    };
+    (chains(&found) != chains(&expected_nft))
+        .then(|| format!("nft shows:\n{found}but should show:\n{expected_nft}"))
 }
 
 const MODES: [Mode; 3] = [Mode::IptablesNft, Mode::Nftables, Mode::IptablesLegacy];
@@ -560,7 +574,9 @@ fn a_quarrel_is_not_won_by_speed() {
         while life.firewall.written() == written && start.elapsed() < Duration::from_millis(600) {
             life.turn();
         }
-        life.idle(Duration::from_millis(2));
+        if life.firewall.written() > written {
+            life.settle();
+        }
         if life.events.iter().any(|event| matches!(event, Event::Quarrel { .. })) {
             break;
         }
@@ -632,4 +648,209 @@ fn programs_that_fail_are_said() {
     assert!(
         matches!(legacy.poll_event(), Some(Event::Refused { reason, .. }) if reason.contains("No such file"))
     );
+}
+
+/// A rule that somebody adds between the reading and the writing of legacy rules stays, and so do its neighbours.
+#[test]
+fn legacy_rules_of_others_survive_a_race() {
+    host();
+    let now = Instant::now();
+    let wants = || -> Vec<_> {
+        let sites = Site::all(Style::Iptables).filter(|site| site.family == Family::V4);
+        sites.map(|site| (site, plan::rules(site, share(0).unwrap(), true))).collect()
+    };
+    let ours = || Ours { networks: vec![share(0).unwrap().network], ..Ours::default() };
+    let mut legacy = Legacy::new(tools(), [true, false], 7, now);
+    legacy.set(wants(), ours(), None, now);
+    let lock = std::env::temp_dir().join(format!("flanneld-race-{}", std::process::id()));
+    let settle = |legacy: &mut Legacy, interfere: &str| {
+        let mut interfere = Some(interfere).filter(|command| !command.is_empty());
+        for step in 0..20 {
+            let now = now + Duration::from_secs(step);
+            while let Some(command) = legacy.poll_command(now) {
+                if !command.input.is_empty()
+                    && let Some(interfere) = interfere.take()
+                {
+                    run(interfere);
+                }
+                legacy.handle_finished(&run_command(&command, &lock), now);
+            }
+        }
+        assert!(legacy.is_in_place(), "{:?}", legacy.trouble());
+    };
+    settle(&mut legacy, "");
+    run("iptables-legacy -t nat -A POSTROUTING -s 172.17.0.0/16 -j MASQUERADE");
+    run(
+        "iptables-legacy -t nat -A POSTROUTING -m comment --comment 'flanneld masq' -j FLANNEL-POSTRTG",
+    );
+    legacy.set(wants(), ours(), None, now);
+    settle(&mut legacy, "iptables-legacy -t nat -I POSTROUTING -s 10.99.0.0/16 -j RETURN");
+    let shown = listed("iptables-legacy", "nat");
+    for (rule, count) in [("172.17.0.0/16", 1), ("10.99.0.0/16", 1), ("-j FLANNEL-POSTRTG", 1)] {
+        assert_eq!(shown.matches(rule).count(), count, "{rule}: {shown}");
+    }
+    let _ = fs::remove_file(lock);
+}
+
+/// More rules than fit a socket's usual buffer are deleted in one go.
+#[test]
+fn thousands_of_doubles() {
+    host();
+    let mut life = Life::begin(options(Mode::IptablesNft));
+    life.set(both());
+    life.settle();
+    let jump = "-A FORWARD -m comment --comment \"flanneld forward\" -j FLANNEL-FWD\n";
+    let path = std::env::temp_dir().join(format!("flanneld-doubles-{}", std::process::id()));
+    fs::write(&path, format!("*filter\n{}COMMIT\n", jump.repeat(8000))).unwrap();
+    run(&format!("iptables-nft-restore --noflush < '{}'", path.display()));
+    fs::remove_file(path).unwrap();
+    life.run_until("they are gone", |life| {
+        !life.healed().is_empty() && life.firewall.is_in_place()
+    });
+    life.assert_right(Mode::IptablesNft);
+}
+
+/// A rule of the operator's that leads into a chain of ours neither keeps other rules from being set, nor is it touched.
+#[test]
+fn jumps_of_others_into_our_chains() {
+    for jump in [
+        "-I FORWARD -i docker0 -j FLANNEL-FWD",
+        "-N DOCKER-USER; iptables-nft -A DOCKER-USER -j FLANNEL-FWD",
+    ] {
+        for end in [Some(Mode::Nftables), None] {
+            let body = move || {
+                host();
+                let mut life = Life::begin(options(Mode::IptablesNft));
+                life.set(both());
+                life.settle();
+                run(&format!("iptables-nft {jump}"));
+                life.idle(Duration::from_millis(100));
+                assert!(life.firewall.is_in_place());
+                drop(life);
+                let mut life = Life::begin(options(end.unwrap_or(Mode::IptablesNft)));
+                match end {
+                    Some(_) => life.set(both()),
+                    None => life.firewall.clean_up(Vec::new(), Instant::now()),
+                }
+                life.settle();
+                let left = run("iptables-nft-save; ip6tables-nft-save");
+                let own = left.lines().filter(|line| line.contains("FLANNEL")).count();
+                let stuck = |event: &Event| matches!(event, Event::Stuck(chain) if chain.contains("FLANNEL-FWD"));
+                if jump.contains("DOCKER-USER") {
+                    assert_eq!(own, 2, "the chain and the jump: {left}");
+                    assert!(life.events.iter().any(stuck), "{:?}", life.events);
+                } else {
+                    // a jump from the chain that everybody's packets pass is as good as ours
+                    assert_eq!(own, 0, "{left}");
+                }
+                let nft = run("nft list ruleset 2>/dev/null");
+                assert_eq!(nft.contains("table ip flannel-ipv4"), end.is_some());
+            };
+            thread::spawn(body).join().unwrap();
+        }
+    }
+}
+
+/// Chains and tables that are there and have no effect are as bad as none.
+#[test]
+fn chains_that_do_not_work_are_made_anew() {
+    in_each_mode(|mode, life| {
+        let damages: &[&str] = match mode {
+            Mode::Nftables => &[
+                "nft delete chain ip flannel-ipv4 postrtg; nft add chain ip flannel-ipv4 postrtg",
+                "nft 'chain ip flannel-ipv4 forward { policy drop; }'",
+                "nft 'delete chain ip6 flannel-ipv6 forward; \
+                 add chain ip6 flannel-ipv6 forward { type filter hook forward priority 5; }'",
+                "nft 'add table ip flannel-ipv4 { flags dormant; }'",
+            ],
+            Mode::IptablesNft => &["nft flush ruleset; nft 'add table ip nat; \
+                 add chain ip nat FLANNEL-POSTRTG { type nat hook postrouting priority 7; }'"],
+            Mode::IptablesLegacy => return,
+        };
+        for damage in damages {
+            run(damage);
+            let before = life.healed().len();
+            life.run_until(damage, |life| {
+                life.healed().len() > before && life.firewall.is_in_place()
+            });
+            life.assert_right(mode);
+        }
+        if mode == Mode::IptablesNft {
+            run("nft flush ruleset; nft add table ip nat; nft add chain ip nat POSTROUTING");
+            life.run_until("it is said", |life| {
+                life.firewall
+                    .trouble()
+                    .is_some_and(|trouble| trouble.reason.contains("ip nat POSTROUTING"))
+            });
+            assert!(!life.firewall.is_in_place());
+            run("nft flush ruleset");
+            life.settle();
+            life.assert_right(mode);
+        }
+    });
+}
+
+/// Nowhere to put the rules: those of an earlier life are better than none.
+#[test]
+fn rules_that_work_are_not_removed_for_nothing() {
+    host();
+    let mut life = Life::begin(options(Mode::IptablesNft));
+    life.set(both());
+    life.settle();
+    drop(life);
+    let mut life = Life::without_programs(options(Mode::IptablesLegacy));
+    life.set(both());
+    life.idle(Duration::from_millis(300));
+    assert!(!life.firewall.is_in_place() && life.firewall.trouble().is_some());
+    if let Some(wrong) = differs(Some(Mode::IptablesNft), [true; 2], true, true, true) {
+        panic!("{wrong}");
+    }
+}
+
+/// Two agents whose networks were swapped: each removes what is left of its own past, once, and then lets the other be.
+#[test]
+fn a_past_network_can_be_anothers() {
+    for mode in MODES {
+        let body = move || {
+            host();
+            let other = Share {
+                network: "10.9.0.0/16".parse().unwrap(),
+                subnet: "10.9.3.0/24".parse().unwrap(),
+            };
+            let shares = [share(0).unwrap(), other];
+            let mut lives = [Life::begin(options(mode)), Life::begin(options(mode))];
+            for (at, life) in lives.iter_mut().enumerate() {
+                let past = [shares[1 - at].network];
+                life.firewall.set([Some(shares[at]), None], &past, false, Instant::now());
+            }
+            let mut idle = |time: Duration| {
+                let start = Instant::now();
+                while start.elapsed() < time {
+                    lives.iter_mut().for_each(Life::turn);
+                    thread::sleep(Duration::from_millis(1));
+                }
+                assert!(lives.iter().all(|life| life.firewall.is_in_place()));
+                lives
+                    .iter()
+                    .map(|life| {
+                        life.firewall.written() + u64::try_from(life.healed().len()).unwrap()
+                    })
+                    .sum::<u64>()
+            };
+            let before = idle(Duration::from_secs(2));
+            assert_eq!(before, idle(Duration::from_secs(1)), "they go on");
+        };
+        thread::spawn(body).join().unwrap();
+    }
+}
+
+/// Docker comes after us, as it must.
+#[test]
+fn a_policy_that_drops_is_noticed_later() {
+    host();
+    let mut life = Life::begin(options(Mode::Nftables));
+    life.set(both());
+    life.settle();
+    run("iptables-nft -P FORWARD DROP");
+    life.run_until("it is said", |life| life.events.contains(&Event::ForwardDrops(Family::V4)));
 }

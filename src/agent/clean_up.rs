@@ -3,7 +3,7 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 
-use log::info;
+use log::{error, info};
 use mio::{Events, Poll};
 
 use super::rules::{PATIENCE, Rules};
@@ -22,8 +22,18 @@ pub fn clean_up(settings: &Settings) -> Result<(), Fatal> {
             "a flanneld is running here, process {process}: stop it first, it would put everything back"
         )));
     }
-    kernel::remove_leftovers(&mut |what| info!("removed {what}"))
-        .map_err(|error| Fatal(error.to_string()))?;
+    let rules = remove_rules(settings);
+    let objects = kernel::remove_leftovers(&mut |what| info!("removed {what}"))
+        .map_err(|error| Fatal(error.to_string()));
+    if let (Err(error), Err(_)) = (&rules, &objects) {
+        error!("{error}");
+    }
+    objects.and(rules)?;
+    info!("this host has no rules, routes and devices of flannel any more; files stay as they are");
+    Ok(())
+}
+
+fn remove_rules(settings: &Settings) -> Result<(), Fatal> {
     let mut poll = Poll::new().map_err(fatal("set up the event loop"))?;
     let registry = poll.registry().try_clone().map_err(fatal("set up the event loop"))?;
     let start = clock::now().mono;
@@ -33,10 +43,14 @@ pub fn clean_up(settings: &Settings) -> Result<(), Fatal> {
     loop {
         let now = clock::now().mono;
         rules.turn(&registry, now)?;
+        if rules.is_clean() && rules.is_blind() {
+            return Err(Fatal(
+                "the tables of the old iptables are in use, and without iptables-legacy-save and -restore nobody can look for \
+                 rules in them: install iptables and try again"
+                    .into(),
+            ));
+        }
         if rules.is_clean() {
-            info!(
-                "this host has no rules, routes and devices of flannel any more; files stay as they are"
-            );
             return Ok(());
         }
         if now >= start + PATIENCE {

@@ -83,7 +83,7 @@ pub fn run(settings: Settings, notify_socket: Option<OsString>) -> Result<(), Fa
     let mut seed = [0; 8];
     random::fill(&mut seed).map_err(fatal("read random bytes"))?;
     let store = Etcd::new(etcd, settings.renew_margin, u64::from_ne_bytes(seed));
-    let mut network = Network::new(settings, Box::new(store), client, &registry, clock::now())?;
+    let mut network = Network::new(settings, Box::new(store), client, clock::now());
 
     let mut ready = Readiness::new(notify_socket);
     let mut events = Events::with_capacity(64);

@@ -58,7 +58,8 @@ pub(super) struct Network {
     /// Config, interface and host, once the store's config is there and until the backend is made.
     joining: Option<(NetworkConfig, Underlay, Inventory)>,
     dataplane: Option<Dataplane>,
-    rules: Rules,
+    /// Opened when there is something to set.
+    rules: Option<Rules>,
     /// Networks of earlier lives, whose rules are removed.
     past: Vec<IpNet>,
     own: Option<OwnLease>,
@@ -77,22 +78,16 @@ pub(super) struct Network {
 
 impl Network {
     /// Starts to join. Nothing is sent before the loop runs.
-    pub(super) fn new(
-        settings: Settings,
-        store: Box<dyn Store>,
-        client: Client,
-        registry: &Registry,
-        now: Now,
-    ) -> Result<Self, Fatal> {
+    pub(super) fn new(settings: Settings, store: Box<dyn Store>, client: Client, now: Now) -> Self {
         let saved = view::load(&settings.data_dir, &store.name()).unwrap_or_else(|reason| {
             warn!("the saved view is of no use: {reason}");
             None
         });
         let offline_at = saved.as_ref().map(|_| now.mono + PATIENCE);
         info!("leases are kept in {}", store.describe());
-        let rules = Rules::open(&settings.firewall, registry, now.mono)?;
+
         let past = saved.as_ref().map(|view| view.config.networks().collect()).unwrap_or_default();
-        Ok(Self {
+        Self {
             settings,
             store,
             client,
@@ -100,7 +95,7 @@ impl Network {
             offline_at,
             joining: None,
             dataplane: None,
-            rules,
+            rules: None,
             past,
             own: None,
             lost: None,
@@ -111,7 +106,7 @@ impl Network {
             saver: Saver::default(),
             save_failed: false,
             more: false,
-        })
+        }
     }
 
     /// Why this network is not ready, if it is not.
@@ -130,7 +125,8 @@ impl Network {
         if self.own.is_none() {
             return Some("waiting for a lease".into());
         }
-        if let Some(reason) = dataplane.unready().or_else(|| self.rules.unready()) {
+        let rules = || self.rules.as_ref().and_then(Rules::unready);
+        if let Some(reason) = dataplane.unready().or_else(rules) {
             return Some(reason);
         }
         (!self.file_written)
@@ -148,7 +144,9 @@ impl Network {
         }
         if let Some(dataplane) = &self.dataplane {
             dataplane.status(&mut out);
-            self.rules.status(&mut out);
+        }
+        if let Some(rules) = &self.rules {
+            rules.status(&mut out);
         }
         out
     }
@@ -162,8 +160,8 @@ impl Network {
             });
         } else if token == token::WAKER {
             self.client.handle_resolved(registry, now.mono);
-        } else if self.rules.owns(token) {
-            self.rules.handle_ready();
+        } else if Rules::owns(token) {
+            self.rules.iter_mut().for_each(Rules::handle_ready);
         } else if let Some(dataplane) = &mut self.dataplane {
             dataplane.handle_ready(token);
         }
@@ -205,11 +203,14 @@ impl Network {
             self.write_file(now);
         }
         self.save(now.mono);
+        if let Some(rules) = &mut self.rules {
+            stirred |= rules.turn(registry, now.mono)?;
+        }
         if let Some(dataplane) = &mut self.dataplane {
             stirred |= dataplane.turn(now.mono)?;
-            stirred |= self.rules.turn(registry, now.mono)?;
             // whoever reads the file starts containers, whose packets need the rules
-            if self.file_due && dataplane.host_is_up() && self.rules.has_tried() {
+            let ruled = self.rules.as_ref().is_some_and(Rules::has_tried);
+            if self.file_due && dataplane.host_is_up() && ruled {
                 self.write_file(now);
             }
         }
@@ -226,7 +227,7 @@ impl Network {
             self.file_retry_at,
             if self.saver.is_busy() { self.saver.poll_timeout() } else { self.save_at },
             self.dataplane.as_ref().and_then(|dataplane| dataplane.poll_timeout(now)),
-            self.dataplane.as_ref().and_then(|_| self.rules.poll_timeout(now)),
+            self.rules.as_ref().and_then(|rules| rules.poll_timeout(now)),
         ]
         .into_iter()
         .flatten()
@@ -256,7 +257,7 @@ impl Network {
             StoreEvent::Found(mine) => {
                 self.handle_found(mine.map(|lease| lease.attrs), registry, now)
             }
-            StoreEvent::Acquired(own) => self.handle_acquired(*own, now),
+            StoreEvent::Acquired(own) => self.handle_acquired(*own, registry, now),
             StoreEvent::Renewed(own) => {
                 info!("lease {} renewed{}", own.lease.subnets, until(&own, now));
                 self.own = Some(*own);
@@ -374,7 +375,12 @@ impl Network {
         Ok(())
     }
 
-    fn handle_acquired(&mut self, own: OwnLease, now: Now) -> Result<(), Fatal> {
+    fn handle_acquired(
+        &mut self,
+        own: OwnLease,
+        registry: &Registry,
+        now: Now,
+    ) -> Result<(), Fatal> {
         let subnets = own.lease.subnets;
         info!("lease {subnets} is ours{}", until(&own, now));
         let before = self.own.replace(own).map(|own| own.lease.subnets);
@@ -385,13 +391,17 @@ impl Network {
         }
         self.lost = None;
         self.changed(now);
-        self.come_up(subnets, now)
+        self.come_up(subnets, registry, now)
     }
 
-    fn come_up(&mut self, subnets: Subnets, now: Now) -> Result<(), Fatal> {
+    fn come_up(&mut self, subnets: Subnets, registry: &Registry, now: Now) -> Result<(), Fatal> {
         let Some(dataplane) = &mut self.dataplane else { return Ok(()) };
         dataplane.set_own(subnets, now.mono)?;
-        self.rules.set(dataplane.config(), subnets, &self.past, now.mono);
+        let rules = match &mut self.rules {
+            Some(rules) => rules,
+            none => none.insert(Rules::open(&self.settings.firewall, registry, now.mono)?),
+        };
+        rules.set(dataplane.config(), subnets, &self.past, now.mono);
         info!("backend {}, MTU {}", dataplane.backend().name(), dataplane.backend().mtu());
         self.file_due = true;
         Ok(())
@@ -441,15 +451,15 @@ impl Network {
             );
         }
         self.past.extend(subnet_file::previous(&self.settings.subnet_file).networks);
-        let mut dataplane =
+        let dataplane =
             self.open(config, underlay, &inventory, Some(own.attrs.clone()), registry, now)?;
         let subnets = own.subnets;
-        dataplane.set_own(subnets, now.mono)?;
-        self.rules.set(dataplane.config(), subnets, &self.past, now.mono);
-        dataplane.handle_snapshot(peers, false, now.mono);
         self.dataplane = Some(dataplane);
         self.own = Some(OwnLease { lease: own, expiry: None });
-        self.file_due = true;
+        self.come_up(subnets, registry, now)?;
+        if let Some(dataplane) = &mut self.dataplane {
+            dataplane.handle_snapshot(peers, false, now.mono);
+        }
         Ok(())
     }
 

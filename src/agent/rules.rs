@@ -19,6 +19,7 @@ use crate::firewall::choose::{Choice, Facts, Mode};
 use crate::firewall::legacy::{self, Finished, Legacy};
 use crate::firewall::nft::Native;
 use crate::firewall::plan::Share;
+use crate::firewall::site::Part;
 use crate::firewall::{Event, Firewall, Options, Port};
 use crate::lease::Subnets;
 use crate::sys::random;
@@ -27,6 +28,8 @@ use crate::sys::random;
 pub(super) struct Rules {
     firewall: Firewall,
     masquerade: bool,
+    /// The operator has said where rules go.
+    forced: bool,
     port: Option<Port>,
     child: Option<Running>,
     due: bool,
@@ -63,7 +66,7 @@ impl Rules {
         let facts = Facts {
             forced: options.mode,
             legacy_tables: in_use.contains(&true),
-            legacy_tools: tools.iter().any(Option::is_some),
+
             host: legacy::host_variant(&path),
             ..Facts::default()
         };
@@ -71,6 +74,7 @@ impl Rules {
         Ok(Self {
             firewall: Firewall::new(options.clone(), facts, native, legacy),
             masquerade: options.masquerade,
+            forced: options.mode.is_some(),
             port,
             child: None,
             due: true,
@@ -100,11 +104,12 @@ impl Rules {
     }
 
     /// Is the descriptor one of ours?
-    pub(super) fn owns(&self, token: Token) -> bool {
+    pub(super) fn owns(token: Token) -> bool {
         matches!(
             token,
             token::RULESET_REPLIES
                 | token::RULESET_NOTICES
+                | token::CHILD_INPUT
                 | token::CHILD_OUTPUT
                 | token::CHILD_COMPLAINT
         )
@@ -173,14 +178,20 @@ impl Rules {
                 );
             }
             Event::Refused { reason, retry_in } => {
-                let seconds = retry_in.as_secs_f32();
+                let next =
+                    retry_in.map(|wait| format!("; next try in {:.1} s", wait.as_secs_f32()));
+                let next = next.unwrap_or_default();
                 throttled!(
                     self.log.refused,
                     now,
                     error,
-                    "cannot set traffic rules: {reason}; next try in {seconds:.1} s"
+                    "cannot set traffic rules: {reason}{next}"
                 );
             }
+            Event::Stuck(chain) => warn!(
+                "chain {chain} is of no use any more and empty, but a rule of somebody else jumps to it: remove that rule, \
+                 then the chain"
+            ),
             Event::WithoutCommentMatch(family) => info!(
                 "{family}: this kernel has no xt_comment: comments are kept as nft keeps them, which iptables shows as well"
             ),
@@ -202,7 +213,7 @@ impl Rules {
     fn tell_choice(&self, choice: &Choice) {
         match choice.mode {
             Some(mode) => info!("traffic rules go to {}: {}", mode.name(), choice.why),
-            None if self.masquerade => {
+            None if self.masquerade || self.forced => {
                 error!("there is nowhere to put traffic rules: {}", choice.why)
             }
             None => info!("no traffic rules: {}", choice.why),
@@ -235,17 +246,21 @@ impl Rules {
         self.firewall.is_clean() && self.child.is_none()
     }
 
-    /// Why the rules are not as they should be, if they are not.
+    /// Why containers cannot rely on the rules, if they cannot. Forward rules are of use on some hosts only: that they cannot
+    /// be had is said, and holds up nothing.
     pub(super) fn unready(&self) -> Option<String> {
-        if self.firewall.is_in_place() {
-            return None;
-        }
         match self.firewall.trouble() {
-            // where there is no netfilter at all, nothing has to be accepted
-            Some(_) if !self.masquerade && self.firewall.mode() == "none" => None,
-            Some(trouble) => Some(format!("traffic rules: {}", trouble.reason)),
-            None => Some("traffic rules are not in place".into()),
+            Some(trouble) if self.masquerade && trouble.part != Some(Part::Forward) => {
+                Some(format!("traffic rules: {}", trouble.reason))
+            }
+            None if !self.firewall.is_in_place() => Some("traffic rules are not in place".into()),
+            _ => None,
         }
+    }
+
+    /// Are there tables in the kernel that nobody here can read?
+    pub(super) fn is_blind(&self) -> bool {
+        self.firewall.is_blind()
     }
 
     /// What an operator can do something about, if something is wrong.
@@ -256,7 +271,12 @@ impl Rules {
     /// `name value` lines for the status page.
     pub(super) fn status(&self, out: &mut String) {
         let _ = writeln!(out, "firewall {}", self.firewall.mode());
-        let _ = writeln!(out, "firewall_rules {}", self.unready().as_deref().unwrap_or("in place"));
+        let rules = match self.firewall.trouble() {
+            Some(trouble) => trouble.reason,
+            None if self.firewall.is_in_place() => "in place".into(),
+            None => "not in place".into(),
+        };
+        let _ = writeln!(out, "firewall_rules {rules}");
         let _ = writeln!(out, "firewall_writes {}", self.firewall.written());
     }
 }

@@ -20,6 +20,8 @@ pub(super) const UDP_V6: Token = Token(6);
 pub(super) const RULESET_REPLIES: Token = Token(7);
 /// News of changes to the firewall rules.
 pub(super) const RULESET_NOTICES: Token = Token(8);
+/// What a child process is given to read.
+pub(super) const CHILD_INPUT: Token = Token(11);
 /// What a child process writes.
 pub(super) const CHILD_OUTPUT: Token = Token(9);
 /// What a child process complains about.

@@ -72,7 +72,7 @@ pub fn choose(facts: &Facts) -> Choice {
     if mode == Mode::IptablesLegacy {
         return without_tools(facts, mode, why);
     }
-    let lacks = format!("this kernel has no nf_tables ({reason})");
+    let lacks = format!("nf_tables cannot be used here ({reason})");
     if facts.forced.is_none() && facts.legacy_tools {
         let warning = facts.config.then(|| {
             format!("EnableNFTables is set, but {lacks}: the rules go to iptables-legacy instead")

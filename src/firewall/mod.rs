@@ -15,6 +15,7 @@ pub mod change;
 pub mod choose;
 pub mod legacy;
 pub mod nft;
+mod old;
 pub mod plan;
 mod port;
 pub mod rule;
@@ -88,8 +89,8 @@ pub enum Event {
     Refused {
         /// What and why.
         reason: String,
-        /// When it is tried again.
-        retry_in: Duration,
+        /// When it is tried again, if it is.
+        retry_in: Option<Duration>,
     },
     /// No `xt_comment` here: comments are kept as `nft` keeps them.
     WithoutCommentMatch(Family),
@@ -97,6 +98,8 @@ pub enum Event {
     WithoutFullyRandom(Family),
     /// No `xt_MASQUERADE` here, so `iptables` could not show the rules.
     WithoutTarget(Family),
+    /// A chain of ours is empty, but stays: somebody else's rule jumps to it.
+    Stuck(String),
     /// Rules in tables of our own cannot help against the policy of `FORWARD`.
     ForwardDrops(Family),
 }
@@ -111,6 +114,8 @@ pub struct Firewall {
     /// By family, IPv4 first.
     shares: [Option<Share>; 2],
     ours: Ours,
+    /// Rules of networks of earlier lives have yet to be removed.
+    has_past: bool,
     mode: Option<Choice>,
     /// What the side that keeps no rules has to remove, once the other one has them in place.
     leftovers: Option<Vec<Want>>,
@@ -127,6 +132,7 @@ impl Firewall {
             legacy,
             shares: [None; 2],
             ours: Ours::default(),
+            has_past: false,
             mode: None,
             leftovers: None,
             events: VecDeque::new(),
@@ -142,9 +148,10 @@ impl Firewall {
                 networks.push(*net);
             }
         }
-        let ours = Ours { networks, ..self.ours.clone() };
+        let ours = Ours { networks, ..Ours::default() };
         let same = (&self.shares, &self.ours, self.facts.config) == (&shares, &ours, config);
         (self.shares, self.ours) = (shares, ours);
+        self.has_past = true;
         if self.facts.config != config {
             self.facts.config = config;
             self.mode = None;
@@ -157,7 +164,7 @@ impl Firewall {
 
     /// Wants nothing of any flannel on this host. `past` are networks that are known to be flannel's.
     pub fn clean_up(&mut self, past: Vec<IpNet>, now: Instant) {
-        self.ours = Ours { networks: past, everything: true };
+        self.ours = Ours { networks: past, everything: true, ..Ours::default() };
         self.options.masquerade = false;
         self.options.forward = false;
         self.decide(now);
@@ -179,12 +186,16 @@ impl Firewall {
             return;
         }
         let (legacy_hint, legacy_rules) = self.legacy.in_use();
+        let mut families = Family::ALL.into_iter().zip(&self.shares);
+        let legacy_tools =
+            families.all(|(family, share)| share.is_none() || self.legacy.has_tools(family));
         self.facts = Facts {
             no_nf_tables: self.native.unsupported().map(Into::into),
             nft_hint,
             nft_tables: self.native.has_iptables(),
             legacy_hint,
             legacy_rules,
+            legacy_tools,
             ..self.facts.clone()
         };
         let choice = choose(&self.facts);
@@ -196,6 +207,10 @@ impl Firewall {
     /// Tells both sides what is wanted from them, which for one of them is nothing.
     fn declare(&mut self, now: Instant) {
         let mode = self.mode.as_ref().and_then(|choice| choice.mode);
+        if mode.is_none() && (self.options.masquerade || self.options.forward) {
+            // what an earlier life has set is better than nothing
+            return;
+        }
         let place = |site: Site, here: bool| -> Want {
             (site, if here { self.rules(site) } else { Vec::new() })
         };
@@ -229,6 +244,18 @@ impl Firewall {
             Some(legacy) => self.legacy.set(legacy, self.ours.clone(), None, now),
             None => {}
         }
+    }
+
+    /// Once nothing is left of the networks of earlier lives, they may be another flannel's on this host.
+    fn forget_past(&mut self) {
+        let done = self.is_in_place() && self.leftovers.is_none() && self.legacy.is_clean();
+        if !self.has_past || self.ours.everything || !done {
+            return;
+        }
+        self.has_past = false;
+        self.ours.networks = self.shares.iter().flatten().map(|share| share.network).collect();
+        self.native.set_networks(self.ours.networks.clone());
+        self.legacy.set_networks(self.ours.networks.clone());
     }
 
     fn is_legacy(&self) -> bool {
@@ -274,6 +301,7 @@ impl Firewall {
     /// What happened since the last call. To be asked after every turn.
     pub fn poll_event(&mut self, now: Instant) -> Option<Event> {
         self.remove_leftovers(now);
+        self.forget_past();
         if let Some(event) = self.events.pop_front() {
             return Some(event);
         }
@@ -307,6 +335,11 @@ impl Firewall {
             Some(Some(_)) => self.native.is_in_place(),
             Some(None) => !self.options.masquerade && !self.options.forward,
         }
+    }
+
+    /// Are there tables in the kernel that nobody here can read?
+    pub fn is_blind(&self) -> bool {
+        self.legacy.is_blind()
     }
 
     /// Is nothing of ours left, after [`Firewall::clean_up`]?

@@ -75,8 +75,7 @@ impl Port {
             }
             let Some(datagram) = firewall.poll_transmit(now) else { return Ok(more) };
             if let Err(error) = self.requests.send(datagram) {
-                log::debug!("nf_tables request: {error}");
-                firewall.native().handle_lost_replies(now);
+                firewall.native().handle_send_error(&error, now);
                 return Ok(more);
             }
         }

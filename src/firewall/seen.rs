@@ -8,7 +8,7 @@ use crate::family::Family;
 /// One rule that is there.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Found {
-    /// What names it when it is deleted: the kernel's handle, or its number in the chain counted from 1.
+    /// What names it when it is deleted: the kernel's handle, or its number in the text that was read.
     pub handle: u64,
     /// What it says, if it says nothing but what we understand.
     pub rule: Option<Rule>,
@@ -34,6 +34,10 @@ pub struct Seen {
     pub tables: BTreeSet<(Family, &'static str)>,
     /// Rules by table and chain, in order. Rules of everybody's chains that can be none of ours are left out.
     pub chains: BTreeMap<(Family, &'static str, &'static str), Vec<Found>>,
+    /// Tables that are switched off (`flags dormant`).
+    pub asleep: BTreeSet<(Family, &'static str)>,
+    /// Chains that do not hang in the kernel as they should, by table and name.
+    pub odd: BTreeSet<(Family, &'static str, &'static str)>,
     /// The families whose FORWARD chain drops what no rule accepts.
     pub forward_drops: BTreeSet<Family>,
 }

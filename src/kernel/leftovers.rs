@@ -9,6 +9,9 @@ use super::inventory::Reader;
 use super::object::{Object, Route};
 use super::seen::{MAIN, ONLINK, Seen, SeenLink, UNICAST};
 
+const ESRCH: i32 = 3;
+const ENODEV: i32 = 19;
+
 /// Removes them, and tells each.
 ///
 /// # Errors
@@ -67,6 +70,8 @@ fn note(
 ) {
     match result {
         Ok(()) => tell(what),
+        // it went with another
+        Err(error) if matches!(error.raw_os_error(), Some(ESRCH | ENODEV)) => {}
         Err(error) => {
             *failed = Some(io::Error::new(error.kind(), format!("remove {what}: {error}")))
         }

@@ -52,7 +52,10 @@ impl Netlink {
     /// # Errors
     /// As `socket(2)` and `bind(2)`.
     pub fn ruleset_requests() -> io::Result<Self> {
-        Self::open_requests(NlFamily::Netfilter)
+        let netlink = Self::open_requests(NlFamily::Netfilter)?;
+        // a transaction is one datagram
+        super::buffer::grow_send(&netlink.socket, BUFFER);
+        Ok(netlink)
     }
 
     fn open_requests(family: NlFamily) -> io::Result<Self> {

@@ -90,9 +90,17 @@ impl Life {
     }
 
     pub fn begin_with(options: Options, facts: Facts, in_use: [bool; 2]) -> Self {
-        let now = Instant::now();
-        let native = Native::new(7, now);
-        let legacy = Legacy::new(tools(), in_use, 7, now);
+        Self::begin_from(options, facts, Legacy::new(tools(), in_use, 7, Instant::now()))
+    }
+
+    /// On a host without programs for the old tables.
+    pub fn without_programs(options: Options) -> Self {
+        let legacy = Legacy::new([None, None], [false; 2], 7, Instant::now());
+        Self::begin_from(options, Facts::default(), legacy)
+    }
+
+    fn begin_from(options: Options, facts: Facts, legacy: Legacy) -> Self {
+        let native = Native::new(7, Instant::now());
         let facts = Facts { forced: options.mode, legacy_tools: true, ..facts };
         let id = format!("flanneld-lock-{}-{:?}", std::process::id(), thread::current().id());
         Self {
@@ -114,21 +122,7 @@ impl Life {
         while let Some(command) = self.firewall.poll_command(now) {
             let name = command.program.file_name().unwrap().to_string_lossy().into_owned();
             self.commands.push(name);
-            let mut child = Command::new(&command.program)
-                .args(&command.args)
-                .env("XTABLES_LOCKFILE", &self.lock)
-                .stdin(Stdio::piped())
-                .stdout(Stdio::piped())
-                .stderr(Stdio::piped())
-                .spawn()
-                .unwrap();
-            child.stdin.take().unwrap().write_all(command.input.as_bytes()).unwrap();
-            let output = child.wait_with_output().unwrap();
-            let finished = Finished {
-                status: output.status.code(),
-                output: output.stdout,
-                complaint: String::from_utf8_lossy(&output.stderr).into_owned(),
-            };
+            let finished = run_command(&command, &self.lock);
             self.firewall.handle_finished(&finished, now);
         }
         while let Some(event) = self.firewall.poll_event(now) {
@@ -168,6 +162,25 @@ impl Life {
             self.turn();
             thread::sleep(Duration::from_millis(1));
         }
+    }
+}
+
+/// Runs a program to its end, with a lock of its own.
+pub fn run_command(command: &legacy::Command, lock: &std::path::Path) -> Finished {
+    let mut child = Command::new(&command.program)
+        .args(&command.args)
+        .env("XTABLES_LOCKFILE", lock)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all(command.input.as_bytes()).unwrap();
+    let output = child.wait_with_output().unwrap();
+    Finished {
+        status: output.status.code(),
+        output: output.stdout,
+        complaint: String::from_utf8_lossy(&output.stderr).into_owned(),
     }
 }
 

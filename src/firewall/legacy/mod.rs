@@ -10,14 +10,18 @@ use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use ipnet::IpNet;
+
 use self::text::Saved;
 pub use self::tools::{Tools, Variant, find as find_tools, host_variant, tables_in_use};
-use super::change::{self, Ours, Want};
+use super::change::{self, Change, Ours, Want};
 use super::rule::Verdict;
 use super::{Event, Trouble};
 use crate::backoff::Backoff;
 use crate::family::Family;
 
+/// So many writes after which the rules are still not right are fine; more are a quarrel with somebody.
+const PATIENCE: u32 = 5;
 /// Exit status of `iptables-restore` when another process holds the lock.
 const BUSY: i32 = 4;
 /// A lock that is busy for longer than this is worth a line.
@@ -46,31 +50,43 @@ pub struct Finished {
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Step {
-    Read(Family),
-    Write(Family),
+enum Doing {
+    Reading,
+    /// Writing; whether it only removes.
+    Writing {
+        removes: bool,
+    },
+}
+
+/// One family.
+#[derive(Debug)]
+struct Side {
+    tools: Option<Tools>,
+    /// The tables are in the kernel: there may be rules in them.
+    in_use: bool,
+    look_at: Option<Instant>,
+    /// What is to be written now, and whether it only removes.
+    input: Option<(String, bool)>,
+    in_place: bool,
+    trouble: Option<Trouble>,
+    busy_since: Option<Instant>,
+    /// Writes since everything was right.
+    writes: u32,
+    backoff: Backoff,
+    /// Chains that this write is to remove.
+    removing: Vec<(Family, &'static str, &'static str)>,
 }
 
 /// The x_tables side of the rules.
 #[derive(Debug)]
 pub struct Legacy {
-    tools: [Option<Tools>; 2],
-    /// The tables of the family are in the kernel: there may be rules in them.
-    in_use: [bool; 2],
+    /// By family, IPv4 first.
+    sides: [Side; 2],
     wants: Vec<Want>,
     ours: Ours,
     /// Between looks; `None` looks once.
     period: Option<Duration>,
-    due: VecDeque<Step>,
-    running: Option<Step>,
-    input: String,
-    look_at: Option<Instant>,
-    /// Rules are kept here, not just removed.
-    keeps: bool,
-    in_place: [bool; 2],
-    trouble: Option<Trouble>,
-    busy_since: Option<Instant>,
-    backoff: Backoff,
+    running: Option<(Family, Doing)>,
     /// `--wait` is known to this `iptables-restore`.
     waits: bool,
     fully_random: bool,
@@ -83,45 +99,66 @@ pub struct Legacy {
 impl Legacy {
     /// `tools` by family, IPv4 first; `in_use` are the families whose tables are in the kernel. Looks once at those.
     pub fn new(tools: [Option<Tools>; 2], in_use: [bool; 2], seed: u64, now: Instant) -> Self {
-        let mut legacy = Self {
+        let [v4, v6] = tools;
+        let side = |tools: Option<Tools>, in_use, salt| Side {
+            look_at: (in_use && tools.is_some()).then_some(now),
             tools,
             in_use,
+            input: None,
+            in_place: false,
+            trouble: None,
+            busy_since: None,
+            writes: 0,
+            backoff: Backoff::new(Duration::from_millis(200), Duration::from_secs(30), seed ^ salt),
+            removing: Vec::new(),
+        };
+        let sides = [side(v4, in_use[0], 4), side(v6, in_use[1], 6)];
+        Self {
+            looked: sides.iter().all(|side| side.look_at.is_none()),
+            sides,
             wants: Vec::new(),
             ours: Ours::default(),
             period: None,
-            due: VecDeque::new(),
             running: None,
-            input: String::new(),
-            look_at: Some(now),
-            keeps: false,
-            in_place: [false; 2],
-            trouble: None,
-            busy_since: None,
-            backoff: Backoff::new(Duration::from_millis(200), Duration::from_secs(30), seed),
             waits: true,
             fully_random: true,
             hint: false,
             foreign: 0,
-            looked: false,
             events: VecDeque::new(),
-        };
-        if legacy.of_interest().next().is_none() {
-            legacy.looked = true;
-            legacy.look_at = None;
         }
-        legacy
     }
 
     /// What is wanted from now on. Without a `period`, what is there is set right once, and not looked at again.
     pub fn set(&mut self, wants: Vec<Want>, ours: Ours, period: Option<Duration>, now: Instant) {
-        self.keeps = wants.iter().any(|(_, rules)| !rules.is_empty());
         (self.wants, self.ours, self.period) = (wants, ours, period);
         if !self.fully_random {
             self.forget_fully_random();
         }
-        self.in_place = [false; 2];
-        let concerned = self.keeps || self.of_interest().next().is_some();
-        self.look_at = concerned.then_some(now);
+        for family in Family::ALL {
+            let concerned = self.concerns(family);
+            let lacking = self.is_wanted(family) && !self.has_tools(family);
+            let side = &mut self.sides[index(family)];
+            side.in_place = false;
+            side.trouble = None;
+            side.input = None;
+            side.look_at = concerned.then_some(now);
+            if lacking {
+                let reason =
+                    format!("there is no iptables-legacy-restore for {family} on this host");
+                side.trouble = Some(Trouble { part: None, reason: reason.clone() });
+                self.events.push_back(Event::Refused { reason, retry_in: None });
+            }
+        }
+    }
+
+    /// The networks of earlier lives are somebody else's from now on.
+    pub fn set_networks(&mut self, networks: Vec<IpNet>) {
+        self.ours.networks = networks;
+    }
+
+    /// Are the programs for this family here?
+    pub fn has_tools(&self, family: Family) -> bool {
+        self.sides[index(family)].tools.is_some()
     }
 
     /// Has it been seen what is there?
@@ -134,21 +171,29 @@ impl Legacy {
         (self.hint, self.foreign)
     }
 
+    /// Are there tables in the kernel that nobody here can read?
+    pub fn is_blind(&self) -> bool {
+        self.sides.iter().any(|side| side.in_use && side.tools.is_none())
+    }
+
     /// Is everything in place?
     pub fn is_in_place(&self) -> bool {
-        self.wants.iter().all(|(site, rules)| rules.is_empty() || self.in_place[index(site.family)])
+        Family::ALL
+            .into_iter()
+            .all(|family| !self.is_wanted(family) || self.sides[index(family)].in_place)
     }
 
     /// Has everything that is there been set right?
     pub fn is_clean(&self) -> bool {
         self.running.is_none()
-            && self.due.is_empty()
-            && self.of_interest().all(|family| self.in_place[index(family)])
+            && Family::ALL
+                .into_iter()
+                .all(|family| !self.concerns(family) || self.sides[index(family)].in_place)
     }
 
     /// What is in the way, if something is.
     pub fn trouble(&self) -> Option<&Trouble> {
-        self.trouble.as_ref()
+        self.sides.iter().find_map(|side| side.trouble.as_ref())
     }
 
     /// What happened since the last call.
@@ -158,7 +203,8 @@ impl Legacy {
 
     /// When [`Legacy::poll_command`] wants to be called next, if nothing happens.
     pub fn poll_timeout(&self) -> Option<Instant> {
-        if self.running.is_some() { None } else { self.look_at }
+        let due = self.sides.iter().filter_map(|side| side.look_at).min();
+        due.filter(|_| self.running.is_none())
     }
 
     /// The program to run now, if there is one. Nothing else is asked for before [`Legacy::handle_finished`].
@@ -166,89 +212,70 @@ impl Legacy {
         if self.running.is_some() {
             return None;
         }
-        if self.due.is_empty() && self.look_at.is_some_and(|at| at <= now) {
-            self.look_at = None;
-            self.due = self.of_interest().map(Step::Read).collect();
-            let lacking = Family::ALL
-                .into_iter()
-                .find(|family| self.is_wanted(*family) && self.tools[index(*family)].is_none());
-            if let Some(family) = lacking {
-                let reason =
-                    format!("there is no iptables-legacy-restore for {family} on this host");
-                self.trouble = Some(Trouble { part: None, reason });
+        let due = |side: &Side| side.look_at.is_some_and(|at| at <= now);
+        let family = Family::ALL
+            .into_iter()
+            .filter(|family| due(&self.sides[index(*family)]))
+            .min_by_key(|family| self.sides[index(*family)].look_at)?;
+        let side = &mut self.sides[index(family)];
+        let tools = side.tools.as_ref()?;
+        side.look_at = None;
+        let (doing, command) = match side.input.take() {
+            None => {
+                let program = tools.save.clone();
+                (Doing::Reading, Command { program, args: Vec::new(), input: String::new() })
             }
-        }
-        let step = self.due.pop_front()?;
-        let (Step::Read(family) | Step::Write(family)) = step;
-        let tools = self.tools[index(family)].as_ref()?;
-        let command = match step {
-            Step::Read(_) => {
-                Command { program: tools.save.clone(), args: Vec::new(), input: String::new() }
-            }
-            Step::Write(_) => {
+            Some((input, removes)) => {
                 let mut args = vec!["--noflush"];
                 if self.waits {
                     args.extend(["-w", "1"]);
                 }
-                Command {
-                    program: tools.restore.clone(),
-                    args,
-                    input: std::mem::take(&mut self.input),
-                }
+                (
+                    Doing::Writing { removes },
+                    Command { program: tools.restore.clone(), args, input },
+                )
             }
         };
-        self.running = Some(step);
+        self.running = Some((family, doing));
         Some(command)
     }
 
     /// The program has ended.
     pub fn handle_finished(&mut self, finished: &Finished, now: Instant) {
-        let Some(step) = self.running.take() else { return };
-        match (step, finished.status) {
-            (Step::Read(family), Some(0)) => {
+        let Some((family, doing)) = self.running.take() else { return };
+        match (doing, finished.status) {
+            (Doing::Reading, Some(0)) => {
                 let text = String::from_utf8_lossy(&finished.output);
-                self.read(family, text::parse(&text, family));
+                self.read(family, &text::parse(&text, family), now);
             }
-            (Step::Write(_), Some(0)) => {
+            (Doing::Writing { .. }, Some(0)) => {
                 // and see how it looks now
-                (self.busy_since, self.trouble) = (None, None);
-                self.backoff.succeeded();
-                self.look_again(now);
+                let side = &mut self.sides[index(family)];
+                (side.busy_since, side.trouble, side.look_at) = (None, None, Some(now));
+                side.writes += 1;
             }
-            _ => self.failed(step, finished, now),
+            _ => self.failed(family, doing, finished, now),
         }
-        if self.due.is_empty() {
-            self.looked = true;
-            if let Some(period) = self.period {
-                self.look_at.get_or_insert(now + period);
-            }
-        }
+        self.looked |= self.sides.iter().all(|side| side.look_at.is_none_or(|at| at > now));
     }
 
-    /// The families that can be read, and in which there is or should be something.
-    fn of_interest(&self) -> impl Iterator<Item = Family> {
-        Family::ALL.into_iter().filter(|family| {
-            self.tools[index(*family)].is_some()
-                && (self.in_use[index(*family)] || self.is_wanted(*family))
-        })
+    /// Can the family be read, and is there, or should there be, something in it?
+    fn concerns(&self, family: Family) -> bool {
+        let side = &self.sides[index(family)];
+        side.tools.is_some() && (side.in_use || self.is_wanted(family))
     }
 
     fn is_wanted(&self, family: Family) -> bool {
         self.wants.iter().any(|(site, rules)| site.family == family && !rules.is_empty())
     }
 
-    fn look_again(&mut self, at: Instant) {
-        self.due.clear();
-        self.look_at = Some(at);
-    }
-
-    fn read(&mut self, family: Family, saved: Saved) {
+    fn read(&mut self, family: Family, saved: &Saved, now: Instant) {
         self.hint |= saved.hint;
         self.foreign += if self.looked { 0 } else { saved.foreign };
         if self.wants.is_empty() {
             return;
         }
-        let mut seen = saved.seen;
+        let mut seen = saved.seen.clone();
         // what iptables-save does not list the kernel makes when it is first used
         for (site, _) in self.wants.iter().filter(|(site, _)| site.family == family) {
             seen.tables.insert((family, site.table()));
@@ -257,44 +284,75 @@ impl Legacy {
             }
         }
         let steps = change::changes(&self.wants, family, &self.ours, &seen);
-        self.input = text::render(&steps);
-        let in_place = &mut self.in_place[index(family)];
-        if self.input.is_empty() {
-            self.trouble.take_if(|_| self.tools.iter().all(Option::is_some));
-            if !std::mem::replace(in_place, true) && self.keeps {
+        let is_wanted = self.is_wanted(family);
+        let side = &mut self.sides[index(family)];
+        side.look_at = self.period.map(|period| now + period);
+        if steps.is_empty() {
+            side.writes = 0;
+            side.backoff.succeeded();
+            side.trouble = None;
+            if !std::mem::replace(&mut side.in_place, true) && is_wanted {
                 self.events.push_back(Event::InPlace(family));
             }
             return;
         }
-        if std::mem::replace(in_place, false) {
+        if side.writes >= PATIENCE {
+            // one write for each wait
+            side.writes -= 1;
+            let retry_in = side.backoff.failed().max(Duration::from_secs(1));
+            side.look_at = Some(now + retry_in);
+            let by = "somebody".into();
+            return self.events.push_back(Event::Quarrel { family, by, retry_in });
+        }
+        let removed = steps.iter().filter_map(|(site, change)| match change {
+            Change::RemoveChain(chain) => Some((family, site.table(), *chain)),
+            _ => None,
+        });
+        side.removing = removed.collect();
+        side.input = Some((text::render(&steps, saved), !side.removing.is_empty()));
+        side.look_at = Some(now);
+        if std::mem::replace(&mut side.in_place, false) {
             let what = "rules of iptables-legacy".into();
             self.events.push_back(Event::Healed { family, what, by: None });
         }
-        self.due.push_front(Step::Write(family));
     }
 
-    fn failed(&mut self, step: Step, finished: &Finished, now: Instant) {
+    fn failed(&mut self, family: Family, doing: Doing, finished: &Finished, now: Instant) {
         let complaint = finished.complaint.trim();
         let lower = complaint.to_ascii_lowercase();
-        if matches!(step, Step::Write(_)) {
+        let side = &mut self.sides[index(family)];
+        if let Doing::Writing { removes } = doing {
+            side.look_at = Some(now);
             if finished.status == Some(BUSY) && lower.contains("holding the xtables lock") {
-                return self.lock_is_busy(now);
+                return self.lock_is_busy(family, now);
             }
-            if self.waits && lower.contains("option") && lower.contains("-w") {
+            if self.waits && is_about_waiting(&lower) {
                 self.waits = false;
-                return self.look_again(now);
+                return;
             }
             if self.fully_random && lower.contains("random-fully") {
                 self.fully_random = false;
                 self.forget_fully_random();
-                self.events.push_back(Event::WithoutFullyRandom(Family::V4));
-                return self.look_again(now);
+                return self.events.push_back(Event::WithoutFullyRandom(family));
+            }
+            if removes && finished.status.is_some() && !lower.contains("lock") {
+                let chains = std::mem::take(&mut side.removing);
+                for (_, table, chain) in &chains {
+                    self.events
+                        .push_back(Event::Stuck(format!("{table} {chain} of iptables-legacy")));
+                }
+                return self.ours.stuck.extend(chains);
+            }
+            if finished.status.is_some() && side.backoff.failures() == 0 {
+                // somebody may have changed what was read meanwhile
+                side.look_at = Some(now + side.backoff.failed());
+                return;
             }
         }
-        let retry_in = self.backoff.failed().max(Duration::from_secs(1));
-        let (name, family) = match step {
-            Step::Read(family) => ("iptables-legacy-save", family),
-            Step::Write(family) => ("iptables-legacy-restore", family),
+        let retry_in = side.backoff.failed().max(Duration::from_secs(1));
+        let name = match doing {
+            Doing::Reading => "iptables-legacy-save",
+            Doing::Writing { .. } => "iptables-legacy-restore",
         };
         let complaint = complaint.lines().next().filter(|line| !line.is_empty());
         let mut reason = format!(
@@ -304,20 +362,22 @@ impl Legacy {
         if lower.contains("lock") && lower.contains("open") {
             reason.push_str(" (mount the host's /run/xtables.lock, writable)");
         }
-        self.trouble = Some(Trouble { part: None, reason: reason.clone() });
-        self.events.push_back(Event::Refused { reason, retry_in });
-        self.look_again(now + retry_in);
+        side.trouble = Some(Trouble { part: None, reason: reason.clone() });
+        side.look_at = Some(now + retry_in);
+        self.events.push_back(Event::Refused { reason, retry_in: Some(retry_in) });
     }
 
-    fn lock_is_busy(&mut self, now: Instant) {
-        let retry_in = self.backoff.failed();
-        let since = *self.busy_since.get_or_insert(now);
-        if now.saturating_duration_since(since) >= BUSY_LONG && self.trouble.is_none() {
+    fn lock_is_busy(&mut self, family: Family, now: Instant) {
+        let side = &mut self.sides[index(family)];
+        let retry_in = side.backoff.failed();
+        let since = *side.busy_since.get_or_insert(now);
+        side.look_at = Some(now + retry_in);
+        if now.saturating_duration_since(since) >= BUSY_LONG && side.trouble.is_none() {
             let reason = "another process holds the xtables lock (/run/xtables.lock); `fuser /run/xtables.lock` names it";
-            self.trouble = Some(Trouble { part: None, reason: reason.into() });
-            self.events.push_back(Event::Refused { reason: reason.into(), retry_in });
+            side.trouble = Some(Trouble { part: None, reason: reason.into() });
+            self.events
+                .push_back(Event::Refused { reason: reason.into(), retry_in: Some(retry_in) });
         }
-        self.look_again(now + retry_in);
     }
 
     fn forget_fully_random(&mut self) {
@@ -329,6 +389,175 @@ impl Legacy {
     }
 }
 
+/// Does an `iptables-restore` before 1.6.2 complain that it knows no `-w`? It says so in its C library's words, and then
+/// takes the seconds for a file.
+fn is_about_waiting(complaint: &str) -> bool {
+    ["invalid option -- 'w'", "unrecognized option: w", "invalid option -- w", "can't open 1"]
+        .iter()
+        .any(|words| complaint.contains(words))
+}
+
 fn index(family: Family) -> usize {
     usize::from(family == Family::V6)
+}
+
+#[cfg(test)]
+#[allow(clippy::disallowed_methods)] // the tests read the clock
+mod tests {
+    use super::*;
+    use crate::firewall::plan::{self, Share};
+    use crate::firewall::site::{Site, Style};
+
+    fn legacy(now: Instant) -> Legacy {
+        let tools = || Some(Tools { save: "save".into(), restore: "restore".into() });
+        let mut legacy = Legacy::new([tools(), tools()], [true; 2], 7, now);
+        let v4 = Share {
+            network: "10.5.0.0/16".parse().unwrap(),
+            subnet: "10.5.7.0/24".parse().unwrap(),
+        };
+        let v6 = Share {
+            network: "fd00:5::/48".parse().unwrap(),
+            subnet: "fd00:5:0:7::/64".parse().unwrap(),
+        };
+        let share = |family| if family == Family::V4 { v4 } else { v6 };
+        let wants = Site::all(Style::Iptables)
+            .map(|site| (site, plan::rules(site, share(site.family), true)))
+            .collect();
+        legacy.set(wants, Ours::default(), Some(Duration::from_secs(5)), now);
+        legacy
+    }
+
+    fn finished(status: i32, complaint: &str) -> Finished {
+        Finished { status: Some(status), output: Vec::new(), complaint: complaint.to_owned() }
+    }
+
+    /// Lets the reader find nothing, up to the next write.
+    fn write(legacy: &mut Legacy, now: Instant) -> Command {
+        for _ in 0..4 {
+            let command = legacy.poll_command(now).expect("something to do");
+            if !command.input.is_empty() {
+                return command;
+            }
+            legacy.handle_finished(&finished(0, ""), now);
+        }
+        panic!("nothing is written");
+    }
+
+    #[test]
+    fn programs_that_cannot_wait_are_not_asked_to() {
+        for complaint in [
+            "iptables-restore: invalid option -- 'w'\nTry `iptables-restore -h' for more information.",
+            "iptables-restore: unrecognized option: w",
+            "iptables-legacy-restore: invalid option -- 'w'\nCan't open 1: No such file or directory",
+        ] {
+            let now = Instant::now();
+            let mut legacy = legacy(now);
+            assert_eq!(write(&mut legacy, now).args, ["--noflush", "-w", "1"]);
+            legacy.handle_finished(&finished(2, complaint), now);
+            assert_eq!(write(&mut legacy, now).args, ["--noflush"], "{complaint}");
+            assert!(legacy.trouble().is_none());
+        }
+    }
+
+    #[test]
+    fn programs_without_fully_random_ports() {
+        let now = Instant::now();
+        let mut legacy = legacy(now);
+        assert!(write(&mut legacy, now).input.contains("--random-fully"));
+        let complaint = "iptables-restore v1.6.0: unknown option \"--random-fully\"";
+        legacy.handle_finished(&finished(2, complaint), now);
+        assert!(!write(&mut legacy, now).input.contains("--random-fully"));
+    }
+
+    #[test]
+    fn a_family_that_fails_does_not_hold_up_the_other() {
+        let now = Instant::now();
+        let mut legacy = legacy(now);
+        let mut written = 0;
+        for step in 0..200u32 {
+            let now = now + Duration::from_millis(100) * step;
+            while let Some(command) = legacy.poll_command(now) {
+                // IPv4 comes first
+                let v6 = command.input.contains("fd00:5::/48");
+                written += usize::from(v6);
+                let fails = !command.input.is_empty() && !v6;
+                let complaint = if fails { "iptables-restore: line 2 failed" } else { "" };
+                legacy.handle_finished(&finished(i32::from(fails), complaint), now);
+                if written > 3 {
+                    break;
+                }
+            }
+        }
+        assert!(written > 3);
+        assert!(legacy.trouble().is_some_and(|trouble| trouble.reason.contains("for IPv4")));
+    }
+
+    #[test]
+    fn a_chain_that_cannot_be_removed_is_left_empty() {
+        let now = Instant::now();
+        let mut legacy = legacy(now);
+        let wants = Site::all(Style::Iptables).map(|site| (site, Vec::new())).collect();
+        legacy.set(wants, Ours { everything: true, ..Ours::default() }, None, now);
+        let rule = "-A FLANNEL-FWD -j ACCEPT\n";
+        let filter = |rule: &str| Finished {
+            status: Some(0),
+            output: format!("*filter\n:FORWARD ACCEPT [0:0]\n:FLANNEL-FWD - [0:0]\n{rule}COMMIT\n")
+                .into(),
+            complaint: String::new(),
+        };
+        legacy.poll_command(now).unwrap();
+        legacy.handle_finished(&filter(rule), now);
+        let command = write(&mut legacy, now);
+        assert!(command.input.contains("-F FLANNEL-FWD\n-X FLANNEL-FWD\n"), "{}", command.input);
+        legacy.handle_finished(&finished(1, "iptables-restore: line 4 failed"), now);
+        assert!(
+            matches!(legacy.poll_event(), Some(Event::Stuck(chain)) if chain.contains("FLANNEL-FWD"))
+        );
+        legacy.poll_command(now).unwrap();
+        legacy.handle_finished(&filter(rule), now);
+        let command = write(&mut legacy, now);
+        assert_eq!(command.input, "*filter\n-F FLANNEL-FWD\nCOMMIT\n");
+        legacy.handle_finished(&finished(0, ""), now);
+        legacy.poll_command(now).unwrap();
+        legacy.handle_finished(&filter(""), now);
+        legacy.poll_command(now).unwrap();
+        legacy.handle_finished(&finished(0, ""), now);
+        assert!(legacy.is_clean());
+    }
+
+    #[test]
+    fn a_quarrel_is_not_won_by_speed() {
+        let now = Instant::now();
+        let mut legacy = legacy(now);
+        let mut commands = 0;
+        for second in 0..60u64 {
+            // whatever is written, the reader finds nothing
+            while legacy.poll_command(now + Duration::from_secs(second)).is_some() {
+                commands += 1;
+                legacy.handle_finished(&finished(0, ""), now + Duration::from_secs(second));
+            }
+        }
+        assert!((20..120).contains(&commands), "{commands}");
+        let quarrel = |event| matches!(event, Event::Quarrel { .. });
+        assert!(std::iter::from_fn(|| legacy.poll_event()).any(quarrel));
+    }
+
+    #[test]
+    fn missing_programs_are_said() {
+        let now = Instant::now();
+        let mut legacy = Legacy::new([None, None], [false; 2], 7, now);
+        let site = Site::all(Style::Iptables).next().unwrap();
+        let share = Share {
+            network: "10.5.0.0/16".parse().unwrap(),
+            subnet: "10.5.7.0/24".parse().unwrap(),
+        };
+        let wants = vec![(site, plan::rules(site, share, true))];
+        legacy.set(wants, Ours::default(), Some(Duration::from_secs(5)), now);
+        let said = legacy.poll_event();
+        assert!(
+            matches!(&said, Some(Event::Refused { reason, .. }) if reason.contains("iptables-legacy-restore for IPv4")),
+            "{said:?}"
+        );
+        assert!(!legacy.is_in_place() && legacy.trouble().is_some());
+    }
 }

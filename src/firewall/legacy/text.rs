@@ -19,6 +19,8 @@ pub(super) struct Saved {
     pub(super) hint: bool,
     /// Rules of others in `nat` and `filter`.
     pub(super) foreign: usize,
+    /// The arguments of the rules in [`Saved::seen`], by handle.
+    lines: Vec<String>,
 }
 
 /// Reads the output of `iptables-save` for one family.
@@ -31,7 +33,7 @@ pub(super) fn parse(text: &str, family: Family) -> Saved {
             chains.into_iter().find(|known| *known == chain).map(|known| (site.table(), known))
         })
     };
-    let mut numbers = std::collections::BTreeMap::new();
+
     for line in text.lines() {
         if let Some(name) = line.strip_prefix('*') {
             table = name.trim();
@@ -54,15 +56,15 @@ pub(super) fn parse(text: &str, family: Family) -> Saved {
                 saved.foreign += usize::from(matches!(table, "nat" | "filter"));
                 continue;
             };
-            let number = numbers.entry((table, chain)).or_insert(0u64);
-            *number += 1;
+            saved.lines.push(arguments.to_owned());
+            let handle = u64::try_from(saved.lines.len()).unwrap_or(u64::MAX);
             let words = words(arguments);
             let rule = rule_of(&words, family);
             let jump = words.iter().rposition(|word| word == "-j");
             let jump = jump.and_then(|at| words.get(at + 1)).map(|chain| chain.as_str().into());
             let everybodys = matches!(chain, "POSTROUTING" | "FORWARD");
             saved.foreign += usize::from(everybodys && !line.contains("flannel"));
-            let found = Found { handle: *number, rule, jump };
+            let found = Found { handle, rule, jump };
             saved.seen.chains.entry((family, table, chain)).or_default().push(found);
         }
     }
@@ -149,8 +151,9 @@ fn mark(text: &str) -> Option<Mark> {
     }
 }
 
-/// The steps as the input of `iptables-restore --noflush`: all of a table at once or nothing of it.
-pub(super) fn render(steps: &[(Site, Change)]) -> String {
+/// The steps as the input of `iptables-restore --noflush`: all of a table at once or nothing of it. Rules are deleted by what
+/// they say: their numbers may have changed since they were read.
+pub(super) fn render(steps: &[(Site, Change)], saved: &Saved) -> String {
     let mut text = String::new();
     for table in ["nat", "filter"] {
         let mut steps = steps.iter().filter(|(site, _)| site.table() == table).peekable();
@@ -162,8 +165,15 @@ pub(super) fn render(steps: &[(Site, Change)]) -> String {
             let _ = match change {
                 // the kernel has the tables and their base chains
                 Change::MakeTable | Change::MakeHook | Change::RemoveTable => Ok(()),
-                Change::MakeChain => writeln!(text, ":{} - [0:0]", site.chain()),
-                Change::Delete { chain, handle } => writeln!(text, "-D {chain} {handle}"),
+                // declares it, and empties it
+                Change::MakeChain | Change::RemakeChain => {
+                    writeln!(text, ":{} - [0:0]", site.chain())
+                }
+                Change::Delete { chain, handle } => {
+                    let line = usize::try_from(handle - 1).ok().and_then(|at| saved.lines.get(at));
+                    writeln!(text, "-D {chain} {}", line.map_or("", String::as_str))
+                }
+                Change::Flush(chain) => writeln!(text, "-F {chain}"),
                 Change::Insert(rule) => writeln!(text, "-I {} 1 {rule}", site.chain()),
                 Change::Append { chain, rule } => writeln!(text, "-A {chain} {rule}"),
                 Change::RemoveChain(chain) => writeln!(text, "-F {chain}\n-X {chain}"),
@@ -230,7 +240,9 @@ mod tests {
         assert!(saved.hint && saved.foreign == 2);
         let hook = saved.seen.chain(Family::V4, "nat", "POSTROUTING").unwrap();
         assert_eq!(hook[0].rule, None);
-        assert_eq!((hook[1].handle, hook[1].jump.as_deref()), (2, Some("FLANNEL-POSTRTG")));
+        assert_eq!(hook[1].jump.as_deref(), Some("FLANNEL-POSTRTG"));
+        let steps = [(SITE, Change::Delete { chain: "POSTROUTING", handle: hook[0].handle })];
+        assert_eq!(render(&steps, &saved), "*nat\n-D POSTROUTING -o eth0 -j MASQUERADE\nCOMMIT\n");
         assert_eq!(hook[1].rule, plan::hook_rule(SITE));
         let own = saved.seen.chain(Family::V4, "nat", "FLANNEL-POSTRTG").unwrap();
         let rule = own[0].rule.as_ref().unwrap();
@@ -261,16 +273,16 @@ mod tests {
         let forward = Site { part: Part::Forward, ..SITE };
         let steps = [
             (SITE, Change::MakeChain),
-            (SITE, Change::Delete { chain: "POSTROUTING", handle: 3 }),
+            (SITE, Change::Flush("FLANNEL-POSTRTG")),
             (SITE, Change::Insert(rule.clone())),
             (forward, Change::Append { chain: "FORWARD", rule }),
             (forward, Change::RemoveChain("FLANNEL-FWD")),
         ];
         assert_eq!(
-            render(&steps),
-            "*nat\n:FLANNEL-POSTRTG - [0:0]\n-D POSTROUTING 3\n-I FLANNEL-POSTRTG 1 -j ACCEPT\nCOMMIT\n\
+            render(&steps, &Saved::default()),
+            "*nat\n:FLANNEL-POSTRTG - [0:0]\n-F FLANNEL-POSTRTG\n-I FLANNEL-POSTRTG 1 -j ACCEPT\nCOMMIT\n\
              *filter\n-A FORWARD -j ACCEPT\n-F FLANNEL-FWD\n-X FLANNEL-FWD\nCOMMIT\n"
         );
-        assert_eq!(render(&[]), "");
+        assert_eq!(render(&[], &Saved::default()), "");
     }
 }

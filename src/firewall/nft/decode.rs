@@ -35,7 +35,7 @@ pub(super) fn listed(family: Family, payload: &[u8]) -> Option<Listed<'_>> {
     }
     let mut reader = Reader::new(family);
     let whole = attributes(list).try_for_each(|(_, element)| reader.read(element)).is_some();
-    let jump = reader.jump.map(Into::into);
+    let jump = attributes(list).find_map(|(_, element)| jump(element)).map(Into::into);
     let rule = whole.then(|| reader.finish(remark)).flatten();
     Some(Listed { table, chain, found: Found { handle, rule, jump } })
 }
@@ -56,7 +56,6 @@ struct Reader<'a> {
     destination: Option<Term>,
     comment: Option<&'a str>,
     verdict: Option<Verdict>,
-    jump: Option<&'a str>,
 }
 
 impl<'a> Reader<'a> {
@@ -69,7 +68,6 @@ impl<'a> Reader<'a> {
             destination: None,
             comment: None,
             verdict: None,
-            jump: None,
         }
     }
 
@@ -89,14 +87,8 @@ impl<'a> Reader<'a> {
 
     /// One expression. `None` when it says something that a [`Rule`] cannot say.
     fn read(&mut self, element: &'a [u8]) -> Option<()> {
-        let (mut name, mut data): (_, &[u8]) = ("", &[]);
-        for (kind, value) in attributes(element) {
-            match kind {
-                expression::ELEMENT => name = text(value)?,
-                expression::DATA => data = value,
-                _ => {}
-            }
-        }
+        let name = text(attribute(element, expression::ELEMENT)?)?;
+        let data = attribute(element, expression::DATA).unwrap_or_default();
         if self.verdict.is_some() {
             return None;
         }
@@ -177,17 +169,13 @@ impl<'a> Reader<'a> {
         Some(())
     }
 
-    fn immediate(&mut self, data: &'a [u8]) -> Option<()> {
+    fn immediate(&mut self, data: &[u8]) -> Option<()> {
         let verdict = attribute(attribute(data, 2)?, 2)?;
         let code = i32::from_be_bytes(attribute(verdict, 1)?.try_into().ok()?);
         self.verdict = Some(match code {
             wire::ACCEPT => Verdict::Accept,
             wire::RETURN => Verdict::Return,
-            wire::JUMP => {
-                let chain = text(attribute(verdict, 2)?)?;
-                self.jump = Some(chain);
-                Verdict::Jump(Cow::Owned(chain.to_owned()))
-            }
+            wire::JUMP => Verdict::Jump(Cow::Owned(text(attribute(verdict, 2)?)?.to_owned())),
             _ => return None,
         });
         (number(data, 1)? == wire::VERDICT).then_some(())
@@ -224,6 +212,14 @@ impl<'a> Reader<'a> {
         };
         self.masquerade(flags, rest.iter().all(|byte| *byte == 0))
     }
+}
+
+/// The chain that an expression leads to (`jump` and `goto`).
+fn jump(element: &[u8]) -> Option<&str> {
+    let name = text(attribute(element, expression::ELEMENT)?)?;
+    let data = attribute(element, expression::DATA)?;
+    let verdict = attribute(attribute(data, 2).filter(|_| name == "immediate")?, 2)?;
+    text(attribute(verdict, 2)?)
 }
 
 /// The leading bytes of an address, and the mask they were taken with, as a prefix.
@@ -276,4 +272,13 @@ pub(super) fn number(data: &[u8], wanted: u16) -> Option<u32> {
 pub(super) fn text(value: &[u8]) -> Option<&str> {
     let end = value.iter().position(|byte| *byte == 0).unwrap_or(value.len());
     std::str::from_utf8(&value[..end]).ok()
+}
+
+/// How a chain hangs in the kernel, from the attributes of a `NEWCHAIN` message: type, hook and priority. `None` for one that
+/// is only jumped to.
+pub(super) fn base(data: &[u8]) -> Option<(&str, u32, i32)> {
+    let hook = attribute(data, wire::chain::HOOK)?;
+    let kind = attribute(data, wire::chain::TYPE).and_then(text).unwrap_or_default();
+    let priority = number(hook, wire::chain::HOOK_PRIORITY)?;
+    Some((kind, number(hook, wire::chain::HOOK_NUMBER)?, priority.cast_signed()))
 }

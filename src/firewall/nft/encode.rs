@@ -15,6 +15,8 @@ use crate::netlink::{Writer, flag};
 pub(super) struct Dialect {
     /// Comments as the `comment` match of x_tables; otherwise as user data, which `iptables` shows in the same way.
     pub(super) comment_match: bool,
+    /// A 32-bit x86 kernel's alignment: the IPv4 target's data has 20 bytes there, and 24 everywhere else.
+    pub(super) short_target: bool,
 }
 
 /// A request about something with a name.
@@ -64,7 +66,8 @@ fn begin(out: &mut Writer, kind: u16, flags: u16, sequence: u32, family: Family)
     out.fixed(&wire::header(wire::protocol(family), 0));
 }
 
-/// One step of a transaction; its last message is the current one, for [`Writer::add_flags`]. Uses up one sequence number.
+/// One step of a transaction. All of its messages have one sequence number; the last one is the current one, for
+/// [`Writer::add_flags`].
 pub(super) fn change(
     out: &mut Writer,
     sequence: u32,
@@ -87,6 +90,12 @@ pub(super) fn change(
         Change::MakeChain => {
             make_chain(out, sequence, site, site.chain(), site.hook().is_none());
         }
+        Change::RemakeChain => {
+            flush(out, sequence, site, site.chain());
+            delete_chain(out, sequence, site, site.chain());
+            make_chain(out, sequence, site, site.chain(), site.hook().is_none());
+        }
+        Change::Flush(name) => flush(out, sequence, site, name),
         Change::Delete { chain, handle } => {
             begin(out, wire::DELRULE, 0, sequence, site.family);
             out.text(rule::TABLE, of);
@@ -99,10 +108,9 @@ pub(super) fn change(
             new_rule(out, sequence, site, chain, rule, wire::APPEND, dialect);
         }
         Change::RemoveChain(name) => {
-            begin(out, wire::DELCHAIN, 0, sequence, site.family);
-            out.text(chain::TABLE, of);
-            out.text(chain::NAME, name);
-            out.end();
+            // old kernels remove empty ones only
+            flush(out, sequence, site, name);
+            delete_chain(out, sequence, site, name);
         }
         Change::RemoveTable => {
             begin(out, wire::DELTABLE, 0, sequence, site.family);
@@ -112,8 +120,15 @@ pub(super) fn change(
     }
 }
 
-/// Deletes all rules of a chain: what must come before its removal on old kernels.
-pub(super) fn flush(out: &mut Writer, sequence: u32, site: Site, name: &str) {
+fn delete_chain(out: &mut Writer, sequence: u32, site: Site, name: &str) {
+    begin(out, wire::DELCHAIN, 0, sequence, site.family);
+    out.text(chain::TABLE, site.table());
+    out.text(chain::NAME, name);
+    out.end();
+}
+
+/// Deletes all rules of a chain.
+fn flush(out: &mut Writer, sequence: u32, site: Site, name: &str) {
     begin(out, wire::DELRULE, 0, sequence, site.family);
     out.text(rule::TABLE, site.table());
     out.text(rule::CHAIN, name);
@@ -121,7 +136,8 @@ pub(super) fn flush(out: &mut Writer, sequence: u32, site: Site, name: &str) {
 }
 
 fn make_chain(out: &mut Writer, sequence: u32, site: Site, name: &str, is_base: bool) {
-    begin(out, wire::NEWCHAIN, flag::CREATE, sequence, site.family);
+    // one that is there after all must not be changed: its policy is somebody's
+    begin(out, wire::NEWCHAIN, flag::CREATE | flag::EXCL, sequence, site.family);
     out.text(chain::TABLE, site.table());
     out.text(chain::NAME, name);
     if is_base {
@@ -194,14 +210,14 @@ fn expressions(out: &mut Writer, site: Site, rule: &Rule, dialect: Dialect) {
         Verdict::Return => verdict(out, wire::RETURN, None),
         Verdict::Jump(chain) => verdict(out, wire::JUMP, Some(chain)),
         Verdict::Masquerade { fully_random } => {
-            masquerade(out, site, if *fully_random { wire::FULLY_RANDOM } else { 0 });
+            masquerade(out, site, if *fully_random { wire::FULLY_RANDOM } else { 0 }, dialect);
         }
     }
 }
 
 /// The native expression inside `ip nat` makes the whole table unreadable for `iptables` (firewall spec 1.16), so there it
 /// is the target of x_tables.
-fn masquerade(out: &mut Writer, site: Site, flags: u32) {
+fn masquerade(out: &mut Writer, site: Site, flags: u32, dialect: Dialect) {
     match (site.style, site.family) {
         (Style::Nftables, _) => expression(out, "masq", |data| {
             if flags != 0 {
@@ -211,7 +227,8 @@ fn masquerade(out: &mut Writer, site: Site, flags: u32) {
         // struct nf_nat_ipv4_multi_range_compat
         (Style::Iptables, Family::V4) => {
             let info = [1u32.to_ne_bytes(), flags.to_ne_bytes()].concat();
-            extension(out, "target", "MASQUERADE", &padded(&info, 24));
+            let len = if dialect.short_target { 20 } else { 24 };
+            extension(out, "target", "MASQUERADE", &padded(&info, len));
         }
         // struct nf_nat_range
         (Style::Iptables, Family::V6) => {

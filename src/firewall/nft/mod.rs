@@ -14,6 +14,8 @@ use std::collections::VecDeque;
 use std::io;
 use std::time::{Duration, Instant};
 
+use ipnet::IpNet;
+
 use self::encode::Dialect;
 use super::change::{self, Change, Ours, Want};
 use super::rule::Verdict;
@@ -45,6 +47,8 @@ enum Ask {
     Generation,
     Table(Family, &'static str),
     Chain(Family, &'static str, &'static str),
+    /// Of the `FORWARD` chain of `iptables`.
+    Policy(Family),
 }
 
 #[derive(Debug)]
@@ -110,8 +114,10 @@ pub struct Native {
     /// Families whose turn to be written it is.
     writes: VecDeque<Family>,
     written: u64,
-    /// Who changed something since the last look, as the kernel names them.
+    /// Who was the first to change something since the last look, as the kernel names them.
     culprit: Option<String>,
+    /// Whom this look is about.
+    blamed: Option<String>,
     drops_told: bool,
     writer: Writer,
     sequence: u32,
@@ -127,7 +133,7 @@ impl Native {
             trouble: None,
             retry_at: None,
             backoff: Backoff::new(Duration::from_secs(1), Duration::from_secs(60), seed ^ salt),
-            dialect: Dialect { comment_match: true },
+            dialect: Dialect { comment_match: true, short_target: false },
             fully_random: true,
             repairs: 0,
         };
@@ -148,6 +154,7 @@ impl Native {
             writes: VecDeque::new(),
             written: 0,
             culprit: None,
+            blamed: None,
             drops_told: false,
             writer: Writer::default(),
             sequence: 0,
@@ -160,6 +167,10 @@ impl Native {
     pub fn set(&mut self, wants: Vec<Want>, ours: Ours, now: Instant) {
         self.wants = wants;
         self.ours = ours;
+        // a look under way did not go everywhere where it has to go now
+        self.job = None;
+        self.lists.clear();
+        self.writes.clear();
         for family in Family::ALL {
             let side = &mut self.sides[index(family)];
             side.in_place = false;
@@ -170,6 +181,11 @@ impl Native {
             }
         }
         self.look_at = Some(now);
+    }
+
+    /// The networks of earlier lives are somebody else's from now on.
+    pub fn set_networks(&mut self, networks: Vec<IpNet>) {
+        self.ours.networks = networks;
     }
 
     /// There is no socket to talk to `nf_tables`.
@@ -235,7 +251,7 @@ impl Native {
             let name = attributes(data).find(|(kind, _)| *kind == wire::generation::PROCESS_NAME);
             let name = name.and_then(|(_, value)| decode::text(value));
             let process = decode::number(data, wire::generation::PROCESS);
-            if let (Some(name), Some(process)) = (name, process) {
+            if let (None, Some(name), Some(process)) = (&self.culprit, name, process) {
                 self.culprit = Some(format!("{name} (process {process})"));
             }
             self.stir(now);
@@ -262,6 +278,17 @@ impl Native {
         self.lists.clear();
         self.writes.clear();
         self.look_at = Some(now + GAP);
+    }
+
+    /// The datagram that was to be sent last could not be sent.
+    pub fn handle_send_error(&mut self, error: &io::Error, now: Instant) {
+        match self.job.take() {
+            Some((Job::Write { family, .. }, _)) => {
+                let code = error.raw_os_error().unwrap_or(0);
+                self.refused(family, None, code, error.to_string(), now);
+            }
+            _ => self.handle_lost_replies(now),
+        }
     }
 
     /// The next datagram to send, if it is time for one.
@@ -303,6 +330,7 @@ impl Native {
         let pause = self.looked_at.is_none_or(|at| now.saturating_duration_since(at) > GAP);
         self.hurried = if pause { 0 } else { self.hurried + 1 };
         self.looked_at = Some(now);
+        self.blamed = self.culprit.take();
         self.seen = Seen::default();
         let mut asks = vec![Ask::Generation];
         let thorough = self.thorough;
@@ -317,8 +345,12 @@ impl Native {
             let chain = |chain| Ask::Chain(site.family, site.table(), chain);
             asks.extend(site.hook().map(chain));
             asks.push(chain(site.chain()));
-            if thorough && (site.style, site.part) == (Style::Iptables, Part::Masquerade) {
-                asks.push(chain(OLD_CHAIN));
+            match (site.style, site.part) {
+                (Style::Iptables, Part::Masquerade) if thorough => asks.push(chain(OLD_CHAIN)),
+                (Style::Nftables, Part::Forward) if wanted(site) => {
+                    asks.push(Ask::Policy(site.family))
+                }
+                _ => {}
             }
         }
         if self.hint.is_none() {
@@ -337,6 +369,9 @@ impl Native {
                 Ask::Chain(family, table, name) => {
                     encode::get_chain(&mut self.writer, sequence, family, table, name);
                 }
+                Ask::Policy(family) => {
+                    encode::get_chain(&mut self.writer, sequence, family, "filter", "FORWARD");
+                }
             }
         }
         let left = asks.len();
@@ -352,8 +387,20 @@ impl Native {
     /// Writes one family's transaction, if there is something to write.
     fn write(&mut self, family: Family, now: Instant) -> Option<Job> {
         let steps = change::changes(&self.wants, family, &self.ours, &self.seen);
+        let broken = self.broken(family);
+        let last = self.writes.is_empty();
+        let culprit = if last { self.blamed.take() } else { self.blamed.clone() };
         let side = &mut self.sides[index(family)];
         if steps.is_empty() {
+            side.retry_at = None;
+            if let Some((part, reason)) = broken {
+                side.in_place = false;
+                let trouble = Trouble { part: Some(part), reason: reason.clone() };
+                if side.trouble.replace(trouble.clone()) != Some(trouble) {
+                    self.events.push_back(Event::Refused { reason, retry_in: None });
+                }
+                return None;
+            }
             if side.trouble.take().is_some() {
                 side.backoff.succeeded();
             }
@@ -368,8 +415,6 @@ impl Native {
             return None;
         }
         let waited = side.retry_at.take().is_some();
-        let last = self.writes.is_empty();
-        let culprit = if last { self.culprit.take() } else { self.culprit.clone() };
         if side.repairs >= PATIENCE && !waited {
             let retry_in = side.backoff.failed();
             side.retry_at = Some(now + retry_in);
@@ -388,11 +433,6 @@ impl Native {
         let dialect = self.sides[index(family)].dialect;
         let mut sent = Vec::new();
         for (site, change) in steps {
-            if let Change::RemoveChain(name) = change {
-                let sequence = self.next_sequence();
-                encode::flush(&mut self.writer, sequence, site, name);
-                sent.push(None);
-            }
             let sequence = self.next_sequence();
             encode::change(&mut self.writer, sequence, site, &change, dialect);
             sent.push(Some((site, change)));
@@ -402,6 +442,25 @@ impl Native {
         encode::end_batch(&mut self.writer, end);
         self.written += 1;
         Some(Job::Write { family, begin, steps: sent, errors: Vec::new() })
+    }
+
+    /// Everybody's chain or table that is not as `iptables` makes it, so that rules of ours in it have no effect.
+    fn broken(&self, family: Family) -> Option<(Part, String)> {
+        let wanted = |(site, rules): &&Want| site.family == family && !rules.is_empty();
+        self.wants.iter().filter(wanted).find_map(|(site, _)| {
+            let (table, hook) = (site.table(), site.hook()?);
+            let what = if self.seen.odd.contains(&(family, table, hook)) {
+                format!(
+                    "chain {} {table} {hook} is not hung in the kernel as iptables does it",
+                    keyword(family)
+                )
+            } else if self.seen.asleep.contains(&(family, table)) {
+                format!("table {} {table} is switched off (flags dormant)", keyword(family))
+            } else {
+                return None;
+            };
+            Some((site.part, format!("{what}: put it right, or choose -firewall=nftables")))
+        })
     }
 
     /// A datagram from the socket that the requests go out by.
@@ -438,26 +497,35 @@ impl Native {
         let refusal = if message.kind == ERROR { outcome(message) } else { None };
         match (*ask, refusal) {
             (Ask::Generation, Some((code, _))) => {
-                self.set_unsupported(io::Error::from_raw_os_error(code).to_string());
+                self.no_generation(code, now);
                 return true;
+            }
+            (_, Some((code, _))) => {
+                const ABSENT: [i32; 4] = [2, 93, 95, 97]; // ENOENT, and families that the kernel lacks
+                if !ABSENT.contains(&code) {
+                    self.handle_lost_replies(now);
+                    return true;
+                }
             }
             (Ask::Generation, None) => {
                 self.generation = decode::number(data, wire::generation::ID).unwrap_or(0);
             }
-            (Ask::Chain(..) | Ask::Table(..), Some(_)) => {}
-            (Ask::Table(family, table), None) => drop(self.seen.tables.insert((family, table))),
-            (Ask::Chain(family, table, chain), None) => {
-                const DROP: u32 = 0;
-                if HINTS.contains(&chain) {
-                    self.hint = Some(true);
-                } else {
-                    // the first look only finds out what kind of host this is
-                    if !self.wants.is_empty() {
-                        self.lists.push_back((family, table, chain));
-                    }
-                    self.seen.chains.insert((family, table, chain), Vec::new());
+            (Ask::Table(family, table), None) => {
+                const DORMANT: u32 = 1;
+                self.seen.tables.insert((family, table));
+                if decode::number(data, wire::table::FLAGS)
+                    .is_some_and(|flags| flags & DORMANT != 0)
+                {
+                    self.seen.asleep.insert((family, table));
                 }
-                if chain == "FORWARD" && decode::number(data, wire::chain::POLICY) == Some(DROP) {
+            }
+            (Ask::Chain(_, _, chain), None) if HINTS.contains(&chain) => self.hint = Some(true),
+            (Ask::Chain(family, table, chain), None) => {
+                self.found_chain((family, table, chain), data)
+            }
+            (Ask::Policy(family), None) => {
+                const DROP: u32 = 0;
+                if decode::number(data, wire::chain::POLICY) == Some(DROP) {
                     self.seen.forward_drops.insert(family);
                 }
             }
@@ -471,6 +539,51 @@ impl Native {
             self.conclude(now);
         }
         true
+    }
+
+    /// Without `nf_tables`, or without the right to use it, this side is of no use. Anything else passes.
+    fn no_generation(&mut self, code: i32, now: Instant) {
+        const EPERM: i32 = 1;
+        const NONE: [i32; 3] = [22, 93, 95]; // EINVAL, EPROTONOSUPPORT, EOPNOTSUPP
+        let error = io::Error::from_raw_os_error(code);
+        match code {
+            EPERM if self.hint.is_none() => {
+                self.set_unsupported(format!("{error}: CAP_NET_ADMIN is needed"));
+            }
+            _ if self.hint.is_none() && NONE.contains(&code) => {
+                self.set_unsupported(error.to_string());
+            }
+            _ => self.handle_lost_replies(now),
+        }
+    }
+
+    /// A chain is there: does it hang in the kernel as it should, and what is in it?
+    fn found_chain(&mut self, place: (Family, &'static str, &'static str), data: &[u8]) {
+        let (family, table, chain) = place;
+        let all = Site::all(Style::Iptables).chain(Site::all(Style::Nftables));
+        let mut here = all.filter(|site| (site.family, site.table()) == (family, table));
+        let base = decode::base(data);
+        let odd = here.any(|site| {
+            let right = site.base();
+            if site.hook() == Some(chain) {
+                // others may hang it in at another place of the same hook
+                base.is_none_or(|(_, hook, _)| hook != right.hook)
+            } else if site.chain() == chain && site.style == Style::Nftables {
+                let accepts =
+                    decode::number(data, wire::chain::POLICY) == Some(wire::ACCEPT.cast_unsigned());
+                base != Some((right.kind, right.hook, right.priority)) || !accepts
+            } else {
+                site.chain() == chain && base.is_some()
+            }
+        });
+        if odd {
+            self.seen.odd.insert(place);
+        }
+        // the first look only finds out what kind of host this is
+        if !self.wants.is_empty() {
+            self.lists.push_back(place);
+        }
+        self.seen.chains.insert(place, Vec::new());
     }
 
     fn listed(
@@ -568,13 +681,16 @@ impl Native {
             if [ERESTART, EINTR].contains(&code) {
                 // somebody was faster: look again
                 self.writes.clear();
-                self.look_at = Some(now);
+                self.look_at = Some(now + STIR);
             } else {
                 self.refused(family, None, code, reason(), now);
             }
             return true;
         }
         let number = usize::try_from(message.sequence.wrapping_sub(begin)).unwrap_or(usize::MAX);
+        if number > steps.len() {
+            return false;
+        }
         if code != 0 {
             errors.push((number.wrapping_sub(1), code, reason()));
         }
@@ -605,8 +721,15 @@ impl Native {
         now: Instant,
     ) {
         const ENOENT: i32 = 2;
+        const EBUSY: i32 = 16;
         const EINVAL: i32 = 22;
         const EOPNOTSUPP: i32 = 95;
+        if let (EBUSY, Some((site, Change::RemoveChain(chain)))) = (code, &step) {
+            self.ours.stuck.insert((family, site.table(), *chain));
+            self.look_at = Some(now);
+            let chain = format!("{} {} {chain}", keyword(family), site.table());
+            return self.events.push_back(Event::Stuck(chain));
+        }
         let lacks = [ENOENT, EINVAL, EOPNOTSUPP].contains(&code);
         let side = &mut self.sides[index(family)];
         let rule = match &step {
@@ -621,6 +744,12 @@ impl Native {
                 self.look_at = Some(now);
                 return self.events.push_back(Event::WithoutCommentMatch(family));
             }
+            let target = site.style == Style::Iptables && masquerades && family == Family::V4;
+            if target && code == EINVAL && !side.dialect.short_target {
+                side.dialect.short_target = true;
+                self.look_at = Some(now);
+                return;
+            }
             if fully_random && code != ENOENT && side.fully_random {
                 side.fully_random = false;
                 self.forget_fully_random(family);
@@ -628,7 +757,6 @@ impl Native {
                 return self.events.push_back(Event::WithoutFullyRandom(family));
             }
             if site.style == Style::Iptables && masquerades {
-                side.trouble = Some(Trouble { part: Some(Part::Masquerade), reason });
                 self.look_at = None;
                 return self.events.push_back(Event::WithoutTarget(family));
             }
@@ -658,7 +786,7 @@ impl Native {
         side.retry_at = Some(now + retry_in);
         side.trouble = Some(Trouble { part, reason: reason.clone() });
         self.look_at = Some(self.look_at.map_or(now + retry_in, |at| at.min(now + retry_in)));
-        self.events.push_back(Event::Refused { reason, retry_in });
+        self.events.push_back(Event::Refused { reason, retry_in: Some(retry_in) });
     }
 
     fn forget_fully_random(&mut self, family: Family) {
@@ -704,8 +832,12 @@ fn describe(site: Site, change: &Change) -> String {
     match change {
         Change::MakeTable | Change::RemoveTable => format!("table {family} {table}"),
         Change::MakeHook => format!("chain {family} {table} {}", site.hook().unwrap_or_default()),
-        Change::MakeChain => format!("chain {family} {table} {}", site.chain()),
-        Change::RemoveChain(chain) => format!("chain {family} {table} {chain}"),
+        Change::MakeChain | Change::RemakeChain => {
+            format!("chain {family} {table} {}", site.chain())
+        }
+        Change::RemoveChain(chain) | Change::Flush(chain) => {
+            format!("chain {family} {table} {chain}")
+        }
         Change::Delete { chain, handle } => {
             format!("rule {handle} of {family} {table} {chain}")
         }

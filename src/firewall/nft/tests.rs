@@ -28,6 +28,8 @@ struct Kernel {
     generation: u32,
     tables: Vec<(u8, String)>,
     chains: BTreeMap<(u8, String, String), Vec<Kept>>,
+    /// The attributes that made each chain.
+    made: BTreeMap<(u8, String, String), Vec<u8>>,
     handles: u64,
 }
 
@@ -48,6 +50,7 @@ impl Kernel {
             generation: 1,
             tables: vec![],
             chains: BTreeMap::new(),
+            made: BTreeMap::new(),
             handles: 0,
         }
     }
@@ -91,6 +94,7 @@ impl Kernel {
                     if self.chains.contains_key(&key) {
                         out.begin(wire::NEWCHAIN, 0, message.sequence);
                         out.fixed(&message.payload[..4]);
+                        out.fixed(&self.made[&key]);
                         out.end();
                     } else {
                         error(&mut out, message.sequence, ENOENT);
@@ -148,6 +152,7 @@ impl Kernel {
                 }
                 wire::NEWCHAIN => {
                     let key = (protocol, first, text_of(step.payload, 3));
+                    self.made.insert(key.clone(), step.payload[4..].to_vec());
                     self.chains.entry(key).or_default();
                 }
                 wire::DELCHAIN => {
@@ -335,9 +340,12 @@ fn overtaken_transactions_are_made_anew() {
     let now = Instant::now();
     let mut firewall = firewall(None, now);
     let mut kernel = Kernel { overtaken: 5, ..Kernel::complete() };
-    let events = talk(&mut firewall, &mut kernel, now);
-    assert!(firewall.is_in_place(), "{events:?}");
-    assert!(!events.iter().any(|event| matches!(event, Event::Refused { .. })), "{events:?}");
+    for step in 0..10 {
+        let now = now + Duration::from_millis(20) * step;
+        let events = talk(&mut firewall, &mut kernel, now);
+        assert!(!events.iter().any(|event| matches!(event, Event::Refused { .. })), "{events:?}");
+    }
+    assert!(firewall.is_in_place());
 }
 
 #[test]
@@ -389,6 +397,7 @@ fn news_of_others_cause_a_look_and_our_own_do_not() {
         talk(&mut firewall, &mut kernel, at);
     }
     assert!((4..=12).contains(&looks), "{looks}");
+    talk(&mut firewall, &mut kernel, now + Duration::from_secs(3));
     let rules = kernel.chains.get_mut(&(2, "nat".into(), "FLANNEL-POSTRTG".into())).unwrap();
     rules.remove(2);
     kernel.generation += 1;
@@ -425,4 +434,58 @@ fn mutated_answers_never_panic() {
             }
         }
     }
+}
+
+#[test]
+fn a_datagram_that_cannot_be_sent_is_said() {
+    let now = Instant::now();
+    let (mut firewall, mut kernel) = (firewall(None, now), Kernel::complete());
+    let mut events = Vec::new();
+    for _ in 0..20 {
+        let Some(request) = firewall.poll_transmit(now).map(<[u8]>::to_vec) else { break };
+        if messages(&request).any(|message| message.kind == wire::BATCH_BEGIN) {
+            firewall.native().handle_send_error(&io::Error::from_raw_os_error(90), now);
+        } else {
+            firewall.handle_reply(&kernel.answer(&request), now);
+        }
+        events.extend(std::iter::from_fn(|| firewall.poll_event(now)));
+    }
+    let said = |event: &&Event| matches!(event, Event::Refused { reason, .. } if reason.contains("Message too long"));
+    assert_eq!(events.iter().filter(said).count(), 2, "one a family: {events:?}");
+    assert!(firewall.trouble().is_some());
+    assert!(firewall.poll_timeout().is_some_and(|at| at > now), "not at once");
+}
+
+#[test]
+fn one_refused_look_is_not_the_end() {
+    let now = Instant::now();
+    let (mut firewall, mut kernel) = (firewall(None, now), Kernel::complete());
+    talk(&mut firewall, &mut kernel, now);
+    assert!(firewall.is_in_place());
+    // ENOMEM, in the minute's look
+    kernel.lacks = |kind, _, _| (kind == wire::GETGEN).then_some(12);
+    let later = now + Duration::from_secs(61);
+    let request = firewall.poll_transmit(later).map(<[u8]>::to_vec).unwrap();
+    firewall.handle_reply(&kernel.answer(&request), later);
+    kernel.lacks = |_, _, _| None;
+    kernel.chains.values_mut().for_each(Vec::clear);
+    kernel.generation += 1;
+    talk(&mut firewall, &mut kernel, later + Duration::from_secs(1));
+    assert!(firewall.is_in_place());
+    assert_eq!(kernel.rules(2, "FLANNEL-POSTRTG"), 6);
+}
+
+#[test]
+fn a_kernel_with_another_alignment() {
+    let now = Instant::now();
+    let mut firewall = firewall(None, now);
+    // a target of 24 bytes: attribute 3 of 28
+    let mut kernel = Kernel::new(|kind, protocol, payload| {
+        let long = contains(payload, b"MASQUERADE\0") && contains(payload, &[28, 0, 3, 0]);
+        (kind == wire::NEWRULE && protocol == 2 && long).then_some(EINVAL)
+    });
+    let events = talk(&mut firewall, &mut kernel, now);
+    assert!(firewall.is_in_place(), "{events:?}");
+    assert_eq!((firewall.mode(), kernel.rules(2, "FLANNEL-POSTRTG")), ("iptables-nft", 6));
+    assert!(!events.contains(&Event::WithoutFullyRandom(Family::V4)), "{events:?}");
 }
