@@ -854,3 +854,43 @@ fn a_policy_that_drops_is_noticed_later() {
     run("iptables-nft -P FORWARD DROP");
     life.run_until("it is said", |life| life.events.contains(&Event::ForwardDrops(Family::V4)));
 }
+
+/// Our jumps go to the end, behind Docker's and kube-proxy's, and stay where they are when those come again.
+#[test]
+fn the_place_beside_docker_and_kube_proxy() {
+    for (mode, variant) in [(Mode::IptablesNft, "nft"), (Mode::IptablesLegacy, "legacy")] {
+        let body = move || {
+            host();
+            let theirs = |at: &str| {
+                run(&format!(
+                    "iptables-{variant} -{at} FORWARD -j DOCKER-USER; iptables-{variant} -{at} FORWARD -o docker0 -j DOCKER; \
+                     iptables-{variant} -t nat -{at} POSTROUTING -j KUBE-POSTROUTING"
+                ));
+            };
+            run(&format!(
+                "iptables-{variant} -N DOCKER-USER; iptables-{variant} -N DOCKER; iptables-{variant} -t nat -N KUBE-POSTROUTING; \
+                 iptables-{variant} -P FORWARD DROP"
+            ));
+            theirs("A");
+            let mut life = Life::begin(options(mode));
+            life.set(both());
+            life.settle();
+            let last = |table: &str, chain: &str| {
+                let shown = listed(&format!("iptables-{variant}"), table);
+                let rules = shown.lines().filter(|line| line.starts_with(&format!("-A {chain} ")));
+                rules.last().unwrap().to_owned()
+            };
+            assert!(last("filter", "FORWARD").ends_with("-j FLANNEL-FWD"));
+            assert!(last("nat", "POSTROUTING").ends_with("-j FLANNEL-POSTRTG"));
+            let (written, commands) = (life.firewall.written(), life.commands.len());
+            // Docker and kube-proxy start again: once in front of us, once behind
+            theirs("I");
+            theirs("A");
+            life.idle(Duration::from_millis(700));
+            assert_eq!(life.firewall.written(), written);
+            assert!(!life.commands[commands..].iter().any(|name| name.ends_with("restore")));
+            assert!(life.firewall.is_in_place());
+        };
+        thread::spawn(body).join().unwrap();
+    }
+}

@@ -10,6 +10,7 @@ use crate::firewall::choose::{Facts, Mode};
 use crate::firewall::legacy::{Legacy, Variant};
 use crate::firewall::plan::Share;
 use crate::firewall::{Firewall, Options};
+use crate::netlink::{DONE, ERROR, Message, flag};
 
 const ENOENT: i32 = 2;
 const EINVAL: i32 = 22;

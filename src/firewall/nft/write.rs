@@ -1,0 +1,277 @@
+//! Transactions: what differs is set right, one family at a time, and what the kernel says to it.
+
+use std::io;
+use std::time::Instant;
+
+use super::{Job, Native, PATIENCE, STIR, encode, index};
+use crate::family::Family;
+use crate::firewall::change::{self, Change, Want};
+use crate::firewall::rule::Verdict;
+use crate::firewall::site::{Part, Site, Style};
+use crate::firewall::{Event, Trouble};
+use crate::netlink::{ERROR, Message, flag, outcome};
+
+impl Native {
+    /// Writes one family's transaction, if there is something to write.
+    pub(super) fn write(&mut self, family: Family, now: Instant) -> Option<Job> {
+        let steps = change::changes(&self.wants, family, &self.ours, &self.seen);
+        let broken = self.broken(family);
+        let last = self.writes.is_empty();
+        let culprit = if last { self.blamed.take() } else { self.blamed.clone() };
+        let side = &mut self.sides[index(family)];
+        if steps.is_empty() {
+            side.retry_at = None;
+            if let Some((part, reason)) = broken {
+                side.in_place = false;
+                let trouble = Trouble { part: Some(part), reason: reason.clone() };
+                if side.trouble.replace(trouble.clone()) != Some(trouble) {
+                    self.events.push_back(Event::Refused { reason, retry_in: None });
+                }
+                return None;
+            }
+            if side.trouble.take().is_some() {
+                side.backoff.succeeded();
+            }
+            if !std::mem::replace(&mut side.in_place, true) && has_any(&self.wants, family) {
+                self.events.push_back(Event::InPlace(family));
+            }
+            self.thorough = !self.sides.iter().all(|side| side.in_place);
+            return None;
+        }
+        if side.retry_at.is_some_and(|at| at > now) {
+            self.look_at = [self.look_at, side.retry_at].into_iter().flatten().min();
+            return None;
+        }
+        let waited = side.retry_at.take().is_some();
+        if side.repairs >= PATIENCE && !waited {
+            let retry_in = side.backoff.failed();
+            side.retry_at = Some(now + retry_in);
+            self.look_at = [self.look_at, side.retry_at].into_iter().flatten().min();
+            let by = culprit.unwrap_or_else(|| "somebody".into());
+            self.events.push_back(Event::Quarrel { family, by, retry_in });
+            return None;
+        }
+        side.repairs += 1;
+        if side.in_place {
+            self.events.push_back(Event::Healed { family, what: what(&steps), by: culprit });
+        }
+        side.in_place = false;
+        let begin = self.next_sequence();
+        encode::begin_batch(&mut self.writer, begin, self.generation);
+        let dialect = self.sides[index(family)].dialect;
+        let mut sent = Vec::new();
+        for (site, change) in steps {
+            let sequence = self.next_sequence();
+            encode::change(&mut self.writer, sequence, site, &change, dialect);
+            sent.push(Some((site, change)));
+        }
+        self.writer.add_flags(flag::ACK);
+        let end = self.next_sequence();
+        encode::end_batch(&mut self.writer, end);
+        self.written += 1;
+        Some(Job::Write { family, begin, steps: sent, errors: Vec::new() })
+    }
+
+    /// Everybody's chain or table that is not as `iptables` makes it, so that rules of ours in it have no effect.
+    fn broken(&self, family: Family) -> Option<(Part, String)> {
+        let wanted = |(site, rules): &&Want| site.family == family && !rules.is_empty();
+        self.wants.iter().filter(wanted).find_map(|(site, _)| {
+            let (table, hook) = (site.table(), site.hook()?);
+            let what = if self.seen.odd.contains(&(family, table, hook)) {
+                format!(
+                    "chain {} {table} {hook} is not hung in the kernel as iptables does it",
+                    keyword(family)
+                )
+            } else if self.seen.asleep.contains(&(family, table)) {
+                format!("table {} {table} is switched off (flags dormant)", keyword(family))
+            } else {
+                return None;
+            };
+            Some((site.part, format!("{what}: put it right, or choose -firewall=nftables")))
+        })
+    }
+
+    pub(super) fn answered(
+        &mut self,
+        family: Family,
+        begin: u32,
+        steps: &mut [Option<(Site, Change)>],
+        errors: &mut Vec<(usize, i32, String)>,
+        message: &Message<'_>,
+        now: Instant,
+    ) -> bool {
+        let Some((code, text)) =
+            Some(message).filter(|message| message.kind == ERROR).and_then(outcome)
+        else {
+            return false;
+        };
+        let reason = || {
+            let errno = io::Error::from_raw_os_error(code).to_string();
+            text.map_or(errno.clone(), |text| format!("{text} ({errno})"))
+        };
+        if message.sequence == begin {
+            const ERESTART: i32 = 85;
+            const EINTR: i32 = 4;
+            if [ERESTART, EINTR].contains(&code) {
+                // somebody was faster: look again
+                self.writes.clear();
+                self.look_at = Some(now + STIR);
+            } else {
+                self.refused(family, None, code, reason(), now);
+            }
+            return true;
+        }
+        let number = usize::try_from(message.sequence.wrapping_sub(begin)).unwrap_or(usize::MAX);
+        if number > steps.len() {
+            return false;
+        }
+        if code != 0 {
+            errors.push((number.wrapping_sub(1), code, reason()));
+        }
+        if number != steps.len() {
+            return false;
+        }
+        match errors.first() {
+            None => {
+                // our own transaction; and see how it looks now
+                self.generation = self.generation.wrapping_add(1);
+                self.look_at = Some(now);
+            }
+            Some((at, code, reason)) => {
+                let step = steps.get_mut(*at).and_then(Option::take);
+                self.refused(family, step, *code, reason.clone(), now);
+            }
+        }
+        true
+    }
+
+    /// The kernel did not take a transaction. What it lacks is done without, where that is possible.
+    pub(super) fn refused(
+        &mut self,
+        family: Family,
+        step: Option<(Site, Change)>,
+        code: i32,
+        reason: String,
+        now: Instant,
+    ) {
+        const ENOENT: i32 = 2;
+        const EBUSY: i32 = 16;
+        const EINVAL: i32 = 22;
+        const EOPNOTSUPP: i32 = 95;
+        if let (EBUSY, Some((site, Change::RemoveChain(chain)))) = (code, &step) {
+            self.ours.stuck.insert((family, site.table(), *chain));
+            self.look_at = Some(now);
+            let chain = format!("{} {} {chain}", keyword(family), site.table());
+            return self.events.push_back(Event::Stuck(chain));
+        }
+        let lacks = [ENOENT, EINVAL, EOPNOTSUPP].contains(&code);
+        let side = &mut self.sides[index(family)];
+        let rule = match &step {
+            Some((_, Change::Insert(rule) | Change::Append { rule, .. })) => Some(rule),
+            _ => None,
+        };
+        if let (Some((site, _)), Some(rule), true) = (&step, rule, lacks) {
+            let masquerades = matches!(rule.verdict, Verdict::Masquerade { .. });
+            let fully_random = rule.verdict == Verdict::Masquerade { fully_random: true };
+            if site.style == Style::Iptables && side.dialect.comment_match && !masquerades {
+                side.dialect.comment_match = false;
+                self.look_at = Some(now);
+                return self.events.push_back(Event::WithoutCommentMatch(family));
+            }
+            let target = site.style == Style::Iptables && masquerades && family == Family::V4;
+            if target && code == EINVAL && !side.dialect.short_target {
+                side.dialect.short_target = true;
+                self.look_at = Some(now);
+                return;
+            }
+            if fully_random && code != ENOENT && side.fully_random {
+                side.fully_random = false;
+                self.forget_fully_random(family);
+                self.look_at = Some(now);
+                return self.events.push_back(Event::WithoutFullyRandom(family));
+            }
+            if site.style == Style::Iptables && masquerades {
+                self.look_at = None;
+                return self.events.push_back(Event::WithoutTarget(family));
+            }
+        }
+        let (part, object) = match &step {
+            Some((site, change)) => (Some(site.part), describe(*site, change)),
+            None => (None, format!("the {family} rules")),
+        };
+        let hint = match &step {
+            Some((_, Change::MakeTable)) if lacks => {
+                format!(
+                    " (the kernel needs CONFIG_NF_TABLES_{})",
+                    family.to_string().to_uppercase()
+                )
+            }
+            Some((site, Change::MakeChain | Change::MakeHook)) if lacks => match site.base().kind {
+                "nat" => " (the kernel needs CONFIG_NFT_NAT, module nft_chain_nat)".into(),
+                _ => String::new(),
+            },
+            Some((_, _)) if lacks && rule.is_some_and(|rule| rule.source.is_some()) => {
+                " (the kernel may need CONFIG_NFT_MASQ, module nft_masq)".into()
+            }
+            _ => String::new(),
+        };
+        let reason = format!("{object}: {reason}{hint}");
+        let retry_in = side.backoff.failed();
+        side.retry_at = Some(now + retry_in);
+        side.trouble = Some(Trouble { part, reason: reason.clone() });
+        self.look_at = Some(self.look_at.map_or(now + retry_in, |at| at.min(now + retry_in)));
+        self.events.push_back(Event::Refused { reason, retry_in: Some(retry_in) });
+    }
+
+    pub(super) fn forget_fully_random(&mut self, family: Family) {
+        let rules = self.wants.iter_mut().filter(|(site, _)| site.family == family);
+        for rule in rules.flat_map(|(_, rules)| rules) {
+            if let Verdict::Masquerade { fully_random } = &mut rule.verdict {
+                *fully_random = false;
+            }
+        }
+    }
+}
+
+fn has_any(wants: &[Want], family: Family) -> bool {
+    wants.iter().any(|(site, rules)| site.family == family && !rules.is_empty())
+}
+
+/// The places that steps concern: `masquerade rules in ip nat, forward rules in ip filter`.
+fn what(steps: &[(Site, Change)]) -> String {
+    let mut places: Vec<String> = Vec::new();
+    for (site, _) in steps {
+        let place = format!("{} in {} {}", site.part.name(), keyword(site.family), site.table());
+        if !places.contains(&place) {
+            places.push(place);
+        }
+    }
+    places.join(", ")
+}
+
+fn keyword(family: Family) -> &'static str {
+    match family {
+        Family::V4 => "ip",
+        Family::V6 => "ip6",
+    }
+}
+
+/// A step in words: `rule "-s 10.5.0.0/16 -j ACCEPT" in ip filter FLANNEL-FWD`.
+fn describe(site: Site, change: &Change) -> String {
+    let (family, table) = (keyword(site.family), site.table());
+    match change {
+        Change::MakeTable | Change::RemoveTable => format!("table {family} {table}"),
+        Change::MakeHook => format!("chain {family} {table} {}", site.hook().unwrap_or_default()),
+        Change::MakeChain | Change::RemakeChain => {
+            format!("chain {family} {table} {}", site.chain())
+        }
+        Change::RemoveChain(chain) | Change::Flush(chain) => {
+            format!("chain {family} {table} {chain}")
+        }
+        Change::Delete { chain, handle } => {
+            format!("rule {handle} of {family} {table} {chain}")
+        }
+        Change::Insert(rule) => format!("rule [{rule}] in {family} {table} {}", site.chain()),
+        Change::Append { chain, rule } => format!("rule [{rule}] in {family} {table} {chain}"),
+    }
+}
