@@ -877,8 +877,9 @@ fn the_place_beside_docker_and_kube_proxy() {
             life.settle();
             let last = |table: &str, chain: &str| {
                 let shown = listed(&format!("iptables-{variant}"), table);
-                let rules = shown.lines().filter(|line| line.starts_with(&format!("-A {chain} ")));
-                rules.last().unwrap().to_owned()
+                let mut rules =
+                    shown.lines().filter(|line| line.starts_with(&format!("-A {chain} ")));
+                rules.next_back().unwrap().to_owned()
             };
             assert!(last("filter", "FORWARD").ends_with("-j FLANNEL-FWD"));
             assert!(last("nat", "POSTROUTING").ends_with("-j FLANNEL-POSTRTG"));
