@@ -118,7 +118,7 @@ impl Life {
 
     pub fn turn(&mut self) {
         let now = Instant::now();
-        self.port.turn(&mut self.firewall, now).unwrap();
+        while self.port.turn(&mut self.firewall, now).unwrap() {}
         while let Some(command) = self.firewall.poll_command(now) {
             let name = command.program.file_name().unwrap().to_string_lossy().into_owned();
             self.commands.push(name);
