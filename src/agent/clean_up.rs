@@ -29,7 +29,9 @@ pub fn clean_up(settings: &Settings) -> Result<(), Fatal> {
         error!("{error}");
     }
     objects.and(rules)?;
-    info!("this host has no rules, routes and devices of flannel any more; files stay as they are");
+    info!(
+        "flannel's rules, VXLAN devices and routes with protocol 241 are gone; files stay as they are"
+    );
     Ok(())
 }
 
@@ -50,10 +52,17 @@ fn remove_rules(settings: &Settings) -> Result<(), Fatal> {
                     .into(),
             ));
         }
+        if rules.is_clean() && !rules.stuck().is_empty() {
+            return Err(Fatal(format!(
+                "all rules are removed, but not these chains, which rules of somebody else jump to: {}",
+                rules.stuck().join(", ")
+            )));
+        }
         if rules.is_clean() {
             return Ok(());
         }
-        if now >= start + PATIENCE {
+        let patience = if rules.poll_timeout(now).is_none() { now } else { start + PATIENCE };
+        if now >= patience {
             let reason = rules.trouble().unwrap_or_else(|| "it takes too long".into());
             return Err(Fatal(format!("some traffic rules could not be removed: {reason}")));
         }

@@ -401,7 +401,7 @@ impl Network {
             Some(rules) => rules,
             none => none.insert(Rules::open(&self.settings.firewall, registry, now.mono)?),
         };
-        rules.set(dataplane.config(), subnets, &self.past, now.mono);
+        rules.set(dataplane.config(), subnets, &std::mem::take(&mut self.past), now.mono);
         info!("backend {}, MTU {}", dataplane.backend().name(), dataplane.backend().mtu());
         self.file_due = true;
         Ok(())

@@ -30,6 +30,10 @@ pub(super) struct Rules {
     masquerade: bool,
     /// The operator has said where rules go.
     forced: bool,
+    /// Chains that cannot be removed.
+    stuck: Vec<String>,
+    /// Everything is to be removed, so it does not matter where rules would go.
+    cleans_up: bool,
     port: Option<Port>,
     child: Option<Running>,
     due: bool,
@@ -75,6 +79,8 @@ impl Rules {
             firewall: Firewall::new(options.clone(), facts, native, legacy),
             masquerade: options.masquerade,
             forced: options.mode.is_some(),
+            stuck: Vec::new(),
+            cleans_up: false,
             port,
             child: None,
             due: true,
@@ -100,6 +106,7 @@ impl Rules {
     /// Wants nothing of any flannel on this host.
     pub(super) fn clean_up(&mut self, past: Vec<IpNet>, now: Instant) {
         self.firewall.clean_up(past, now);
+        self.cleans_up = true;
         self.due = true;
     }
 
@@ -159,6 +166,7 @@ impl Rules {
 
     fn tell(&mut self, event: Event, now: Instant) {
         match event {
+            Event::Chosen(_) if self.cleans_up => {}
             Event::Chosen(choice) => self.tell_choice(&choice),
             Event::InPlace(family) => {
                 throttled!(self.log.placed, now, info, "{family} traffic rules are in place");
@@ -188,10 +196,16 @@ impl Rules {
                     "cannot set traffic rules: {reason}{next}"
                 );
             }
-            Event::Stuck(chain) => warn!(
-                "chain {chain} is of no use any more and empty, but a rule of somebody else jumps to it: remove that rule, \
-                 then the chain"
-            ),
+            Event::Stuck(chain) => {
+                throttled!(
+                    self.log.refused,
+                    now,
+                    warn,
+                    "chain {chain} is of no use any more and empty, but a rule of somebody else jumps to it: remove that \
+                     rule, then the chain"
+                );
+                self.stuck.push(chain);
+            }
             Event::WithoutCommentMatch(family) => info!(
                 "{family}: this kernel has no xt_comment: comments are kept as nft keeps them, which iptables shows as well"
             ),
@@ -256,6 +270,11 @@ impl Rules {
             None if !self.firewall.is_in_place() => Some("traffic rules are not in place".into()),
             _ => None,
         }
+    }
+
+    /// Chains that cannot be removed.
+    pub(super) fn stuck(&self) -> &[String] {
+        &self.stuck
     }
 
     /// Are there tables in the kernel that nobody here can read?

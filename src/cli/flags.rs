@@ -181,7 +181,7 @@ pub(super) const GROUPS: &[Group] = &[
                 "cleanup",
                 Bool,
                 "false",
-                "remove every flannel's rules, routes and devices from this host, and exit",
+                "remove flannel's rules, routes and VXLAN devices from this host, and exit",
             ),
         ],
     ),

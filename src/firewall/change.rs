@@ -13,7 +13,7 @@ use super::old;
 use super::plan::{hook_rule, network_of};
 use super::rule::Rule;
 use super::seen::{Found, Seen};
-use super::site::{Site, Style};
+use super::site::{Part, Site, Style};
 use crate::family::Family;
 
 /// How to know our rules from those of other flannel networks.
@@ -71,18 +71,23 @@ pub enum Change {
 /// What is wanted in one place: rules in order, or nothing at all.
 pub type Want = (Site, Vec<Rule>);
 
-/// The steps that are next for all places of one family. What is only to be removed comes last and by itself, so that it
-/// can keep nothing from being set.
-pub fn changes(wants: &[Want], family: Family, ours: &Ours, seen: &Seen) -> Vec<(Site, Change)> {
+/// The steps that are next for those places that `concerns` says. What is only to be removed comes last and by itself, so
+/// that it can keep nothing from being set.
+pub fn changes(
+    wants: &[Want],
+    concerns: impl Fn(Site) -> bool,
+    ours: &Ours,
+    seen: &Seen,
+) -> Vec<(Site, Change)> {
     let mut changes = Vec::new();
-    let here = || wants.iter().filter(move |(site, _)| site.family == family);
+    let here = || wants.iter().filter(|(site, _)| concerns(*site));
     for (site, rules) in here().filter(|(_, rules)| !rules.is_empty()) {
         put(*site, rules, ours, seen, &mut |change| changes.push((*site, change)));
     }
     for (site, _) in here().filter(|(_, rules)| rules.is_empty()) {
         remove(*site, ours, seen, &mut |change| changes.push((*site, change)));
+        remove_own_table(*site, wants, seen, &mut |change| changes.push((*site, change)));
     }
-    remove_own_table(here(), ours, seen, &mut changes);
     changes.sort_by_key(|(_, change)| rank(change));
     if changes.first().is_some_and(|(_, change)| rank(change) < REMOVAL) {
         changes.retain(|(_, change)| rank(change) < REMOVAL);
@@ -92,8 +97,11 @@ pub fn changes(wants: &[Want], family: Family, ours: &Ours, seen: &Seen) -> Vec<
 
 fn put(site: Site, want: &[Rule], ours: &Ours, seen: &Seen, push: &mut impl FnMut(Change)) {
     let (family, table, own) = (site.family, site.table(), site.chain());
-    let asleep = site.style == Style::Nftables && seen.asleep.contains(&(family, table));
-    if !seen.tables.contains(&(family, table)) || asleep {
+    if site.style == Style::Nftables && seen.asleep.contains(&(family, table)) {
+        // the kernel wakes it up and adds chains to it one after the other only
+        return push(Change::MakeTable);
+    }
+    if !seen.tables.contains(&(family, table)) {
         push(Change::MakeTable);
     }
     let mut found = seen.chain(family, table, own).unwrap_or_default();
@@ -111,10 +119,8 @@ fn put(site: Site, want: &[Rule], ours: &Ours, seen: &Seen, push: &mut impl FnMu
     }
     let found = found.unwrap_or_default();
     let keep = found.iter().position(|found| found.rule.as_ref() == Some(&jump));
-    // a jump under conditions that we do not understand is the operator's
     let surplus = |(at, found): (usize, &Found)| {
-        let ours = found.rule.is_some() && found.jump.as_deref() == Some(own);
-        (Some(at) != keep && ours).then_some(found.handle)
+        (Some(at) != keep && is_our_jump(found, own)).then_some(found.handle)
     };
     delete(hook, found.iter().enumerate().filter_map(surplus), push);
     old::remove(site, ours, seen, push);
@@ -158,10 +164,12 @@ fn remove(site: Site, ours: &Ours, seen: &Seen, push: &mut impl FnMut(Change)) {
                 && !is_theirs(found, site, ours)
         });
         delete(site.chain(), own.map(|found| found.handle), push);
-    } else if let Some(hook) = site.hook() {
-        let jumps = seen.chain(family, table, hook).unwrap_or_default();
-        let jumps = jumps.iter().filter(|found| found.jump.as_deref() == Some(own));
-        delete(hook, jumps.map(|found| found.handle), push);
+    } else {
+        if let Some(hook) = site.hook() {
+            let jumps = seen.chain(family, table, hook).unwrap_or_default();
+            let jumps = jumps.iter().filter(|found| is_our_jump(found, own));
+            delete(hook, jumps.map(|found| found.handle), push);
+        }
         let stuck = ours.stuck.contains(&(family, table, own));
         if seen.chain(family, table, own).is_some() && !stuck {
             push(Change::RemoveChain(own));
@@ -172,29 +180,25 @@ fn remove(site: Site, ours: &Ours, seen: &Seen, push: &mut impl FnMut(Change)) {
     old::remove(site, ours, seen, push);
 }
 
-/// Chains and tables of our own are removed without a trace when no network on this host has rules in them.
-fn remove_own_table<'a>(
-    wants: impl Iterator<Item = &'a Want> + Clone,
-    ours: &Ours,
-    seen: &Seen,
-    changes: &mut Vec<(Site, Change)>,
-) {
-    let own = wants.filter(|(site, _)| site.style == Style::Nftables);
-    let found = |site: Site| seen.chain(site.family, site.table(), site.chain());
-    let free = |site: Site| {
-        found(site).unwrap_or_default().iter().all(|found| !is_theirs(found, site, ours))
-    };
-    let unused = own.clone().all(|(site, rules)| rules.is_empty() && free(*site));
-    for (site, rules) in own {
-        if unused && seen.tables.contains(&(site.family, site.table())) {
-            changes.retain(|(other, _)| other.style != Style::Nftables);
-            return changes.push((*site, Change::RemoveTable));
-        }
-        if rules.is_empty() && found(*site).is_some() && free(*site) {
-            changes.retain(|(other, _)| other != site);
-            changes.push((*site, Change::RemoveChain(site.chain())));
-        }
+/// A table of our own goes when nothing is wanted in it, and none of its chains is left.
+fn remove_own_table(site: Site, wants: &[Want], seen: &Seen, push: &mut impl FnMut(Change)) {
+    let mut siblings =
+        wants.iter().filter(|(other, _)| (other.family, other.style) == (site.family, site.style));
+    let unused = siblings.all(|(other, rules)| {
+        rules.is_empty() && seen.chain(other.family, other.table(), other.chain()).is_none()
+    });
+    let there = seen.tables.contains(&(site.family, site.table()));
+    if (site.style, site.part) == (Style::Nftables, Part::Forward) && unused && there {
+        push(Change::RemoveTable);
     }
+}
+
+/// Does it lead all packets into a chain of ours? A jump for some packets only is the operator's.
+fn is_our_jump(found: &Found, own: &str) -> bool {
+    let all = found.rule.as_ref().is_some_and(|rule| {
+        rule.mark.is_none() && rule.source.is_none() && rule.destination.is_none()
+    });
+    all && found.jump.as_deref() == Some(own)
 }
 
 /// Is a rule in a chain of ours another flannel network's?
@@ -230,7 +234,7 @@ fn rank(change: &Change) -> u8 {
 mod tests {
     use super::super::plan::{self, Share};
     use super::super::rule::{Term, Verdict};
-    use super::super::site::{OLD_CHAIN, Part};
+    use super::super::site::OLD_CHAIN;
     use super::*;
 
     const MASQUERADE: Site =
@@ -325,18 +329,18 @@ mod tests {
             }
         }
 
-        /// Brings it to what is wanted, which takes two goes at most. How many steps it took.
+        /// Brings it to what is wanted, which takes a few goes at most. How many steps it took.
         fn settle(&mut self, wants: &[Want], ours: &Ours) -> usize {
             let mut count = 0;
-            for _ in 0..3 {
-                let steps = changes(wants, Family::V4, ours, &self.seen);
+            for _ in 0..5 {
+                let steps = changes(wants, |_| true, ours, &self.seen);
                 if steps.is_empty() {
                     return count;
                 }
                 count += steps.len();
                 self.apply(steps);
             }
-            panic!("{:?}", changes(wants, Family::V4, ours, &self.seen));
+            panic!("{:?}", changes(wants, |_| true, ours, &self.seen));
         }
 
         fn text(&self, site: Site, chain: &'static str) -> Vec<String> {

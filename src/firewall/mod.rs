@@ -248,7 +248,10 @@ impl Firewall {
 
     /// Once nothing is left of the networks of earlier lives, they may be another flannel's on this host.
     fn forget_past(&mut self) {
-        let done = self.is_in_place() && self.leftovers.is_none() && self.legacy.is_clean();
+        let done = self.is_in_place()
+            && self.leftovers.is_none()
+            && self.native.is_settled()
+            && self.legacy.is_clean();
         if !self.has_past || self.ours.everything || !done {
             return;
         }
@@ -346,12 +349,19 @@ impl Firewall {
     pub fn is_clean(&self) -> bool {
         self.mode.is_some()
             && self.leftovers.is_none()
-            && (self.native.is_in_place() || self.native.unsupported().is_some())
+            && self.native.is_settled()
             && self.legacy.is_clean()
     }
 
     /// What does not work, if something does not.
     pub fn trouble(&self) -> Option<Trouble> {
+        if self.ours.everything {
+            let denied = || {
+                let reason = self.native.unsupported()?.to_owned();
+                (!self.native.is_settled()).then_some(Trouble { part: None, reason })
+            };
+            return self.native.trouble().or(self.legacy.trouble()).cloned().or_else(denied);
+        }
         match self.mode.as_ref()? {
             Choice { mode: Some(Mode::IptablesLegacy), .. } => self.legacy.trouble().cloned(),
             Choice { mode: Some(_), .. } => self.native.trouble().cloned(),

@@ -8,9 +8,11 @@ use mio::{Interest, Registry, Token};
 use super::Firewall;
 use crate::sys::netlink::{Netlink, Received};
 
-/// Datagrams of one kind that are handled in one turn: of a long list about two milliseconds' worth, so that packets of the
-/// udp backend need not wait for more.
-const BUDGET: usize = 8;
+/// Datagrams of one kind that are handled in one turn.
+const BUDGET: usize = 64;
+/// Bytes of answers that are handled in one turn: of a long list about two milliseconds' worth, so that packets of the udp
+/// backend need not wait for more.
+const BYTES: usize = 256 << 10;
 /// The longest datagram that the kernel makes.
 const DATAGRAM: usize = 32 << 10;
 
@@ -64,10 +66,15 @@ impl Port {
                 }
             }
         }
+        let mut bytes = 0;
         for _ in 0..BUDGET {
+            if bytes > BYTES {
+                return Ok(true);
+            }
             match self.requests.recv(&mut self.buffer)? {
                 Received::Datagram(len) => {
                     firewall.handle_reply(&self.buffer[..len], now);
+                    bytes += len;
                     continue;
                 }
                 Received::Overrun => firewall.native().handle_lost_replies(now),

@@ -54,10 +54,7 @@ pub struct Finished {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Doing {
     Reading,
-    /// Writing; whether it only removes.
-    Writing {
-        removes: bool,
-    },
+    Writing,
 }
 
 /// One family.
@@ -67,16 +64,16 @@ struct Side {
     /// The tables are in the kernel: there may be rules in them.
     in_use: bool,
     look_at: Option<Instant>,
-    /// What is to be written now, and whether it only removes.
-    input: Option<(String, bool)>,
+    /// What is to be written now.
+    input: Option<String>,
     in_place: bool,
     trouble: Option<Trouble>,
     busy_since: Option<Instant>,
     /// Writes since everything was right.
     writes: u32,
     backoff: Backoff,
-    /// Chains that this write is to remove.
-    removing: Vec<(Family, &'static str, &'static str)>,
+    /// The chain that this write is to remove.
+    removing: Option<(Family, &'static str, &'static str)>,
 }
 
 /// The x_tables side of the rules.
@@ -112,7 +109,7 @@ impl Legacy {
             busy_since: None,
             writes: 0,
             backoff: Backoff::new(Duration::from_millis(200), Duration::from_secs(30), seed ^ salt),
-            removing: Vec::new(),
+            removing: None,
         };
         let sides = [side(v4, in_use[0], 4), side(v6, in_use[1], 6)];
         Self {
@@ -227,15 +224,12 @@ impl Legacy {
                 let program = tools.save.clone();
                 (Doing::Reading, Command { program, args: Vec::new(), input: String::new() })
             }
-            Some((input, removes)) => {
+            Some(input) => {
                 let mut args = vec!["--noflush"];
                 if self.waits {
                     args.extend(["-w", "1"]);
                 }
-                (
-                    Doing::Writing { removes },
-                    Command { program: tools.restore.clone(), args, input },
-                )
+                (Doing::Writing, Command { program: tools.restore.clone(), args, input })
             }
         };
         self.running = Some((family, doing));
@@ -250,7 +244,7 @@ impl Legacy {
                 let text = String::from_utf8_lossy(&finished.output);
                 self.read(family, &text::parse(&text, family), now);
             }
-            (Doing::Writing { .. }, Some(0)) => {
+            (Doing::Writing, Some(0)) => {
                 // and see how it looks now
                 let side = &mut self.sides[index(family)];
                 (side.busy_since, side.trouble, side.look_at) = (None, None, Some(now));
@@ -285,7 +279,7 @@ impl Legacy {
                 seen.chains.entry((family, site.table(), hook)).or_default();
             }
         }
-        let steps = change::changes(&self.wants, family, &self.ours, &seen);
+        let steps = change::changes(&self.wants, |site| site.family == family, &self.ours, &seen);
         let is_wanted = self.is_wanted(family);
         let side = &mut self.sides[index(family)];
         side.look_at = self.period.map(|period| now + period);
@@ -306,12 +300,13 @@ impl Legacy {
             let by = "somebody".into();
             return self.events.push_back(Event::Quarrel { family, by, retry_in });
         }
-        let removed = steps.iter().filter_map(|(site, change)| match change {
-            Change::RemoveChain(chain) => Some((family, site.table(), *chain)),
+        side.removing = match steps[0] {
+            (site, Change::RemoveChain(chain)) => Some((family, site.table(), chain)),
             _ => None,
-        });
-        side.removing = removed.collect();
-        side.input = Some((text::render(&steps, saved), !side.removing.is_empty()));
+        };
+        // one chain at a time, so that it is known which of them cannot be removed
+        let next = if side.removing.is_some() { &steps[..1] } else { &steps[..] };
+        side.input = Some(text::render(next, saved));
         side.look_at = Some(now);
         if std::mem::replace(&mut side.in_place, false) {
             let what = "rules of iptables-legacy".into();
@@ -323,7 +318,7 @@ impl Legacy {
         let complaint = finished.complaint.trim();
         let lower = complaint.to_ascii_lowercase();
         let side = &mut self.sides[index(family)];
-        if let Doing::Writing { removes } = doing {
+        if doing == Doing::Writing {
             side.look_at = Some(now);
             if finished.status == Some(BUSY) && lower.contains("holding the xtables lock") {
                 return self.lock_is_busy(family, now);
@@ -337,24 +332,22 @@ impl Legacy {
                 self.forget_fully_random();
                 return self.events.push_back(Event::WithoutFullyRandom(family));
             }
-            if removes && finished.status.is_some() && !lower.contains("lock") {
-                let chains = std::mem::take(&mut side.removing);
-                for (_, table, chain) in &chains {
-                    self.events
-                        .push_back(Event::Stuck(format!("{table} {chain} of iptables-legacy")));
-                }
-                return self.ours.stuck.extend(chains);
-            }
             if finished.status.is_some() && side.backoff.failures() == 0 {
                 // somebody may have changed what was read meanwhile
                 side.look_at = Some(now + side.backoff.failed());
                 return;
             }
+            if let Some(chain) = side.removing.filter(|_| finished.status.is_some()) {
+                self.ours.stuck.insert(chain);
+                let (_, table, chain) = chain;
+                let chain = format!("{table} {chain} of iptables-legacy for {family}");
+                return self.events.push_back(Event::Stuck(chain));
+            }
         }
         let retry_in = side.backoff.failed().max(Duration::from_secs(1));
         let name = match doing {
             Doing::Reading => "iptables-legacy-save",
-            Doing::Writing { .. } => "iptables-legacy-restore",
+            Doing::Writing => "iptables-legacy-restore",
         };
         let complaint = complaint.lines().next().filter(|line| !line.is_empty());
         let mut reason = format!(

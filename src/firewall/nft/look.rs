@@ -3,7 +3,7 @@
 use std::io;
 use std::time::Instant;
 
-use super::{AUDIT, Ask, GAP, HINTS, Job, Native, decode, encode, wire};
+use super::{AUDIT, Ask, GAP, GROUPS, HINTS, Job, Native, decode, encode, wire};
 use crate::family::Family;
 use crate::firewall::Event;
 use crate::firewall::change::Want;
@@ -137,6 +137,7 @@ impl Native {
         let error = io::Error::from_raw_os_error(code);
         match code {
             EPERM if self.hint.is_none() => {
+                self.denied = true;
                 self.set_unsupported(format!("{error}: CAP_NET_ADMIN is needed"));
             }
             _ if self.hint.is_none() && NONE.contains(&code) => {
@@ -224,7 +225,7 @@ impl Native {
         if self.wants.is_empty() {
             return;
         }
-        self.writes.extend(Family::ALL);
+        self.writes.extend(GROUPS);
         self.warn_of_drops();
     }
 

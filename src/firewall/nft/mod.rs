@@ -21,7 +21,7 @@ use ipnet::IpNet;
 use self::encode::Dialect;
 use super::change::{Change, Ours, Want};
 use super::seen::Seen;
-use super::site::Site;
+use super::site::{Part, Site};
 use super::{Event, Trouble};
 use crate::backoff::Backoff;
 use crate::family::Family;
@@ -69,14 +69,25 @@ enum Job {
     },
     /// Sequence `begin` is the transaction's, those after it are the changes'.
     Write {
-        family: Family,
+        group: Group,
         begin: u32,
         steps: Vec<Option<(Site, Change)>>,
         errors: Vec<(usize, i32, String)>,
     },
 }
 
-/// How one family is doing.
+/// What is written together: the rules of one purpose for one family.
+type Group = (Family, Part);
+
+/// All of them. What is said first of their troubles matters most.
+const GROUPS: [Group; 4] = [
+    (Family::V4, Part::Masquerade),
+    (Family::V6, Part::Masquerade),
+    (Family::V4, Part::Forward),
+    (Family::V6, Part::Forward),
+];
+
+/// How one group is doing.
 #[derive(Debug)]
 struct Side {
     /// The last look found everything right.
@@ -95,9 +106,12 @@ struct Side {
 pub struct Native {
     wants: Vec<Want>,
     ours: Ours,
-    sides: [Side; 2],
+    /// In the order of [`GROUPS`].
+    sides: [Side; 4],
     /// Why there is no `nf_tables` here.
     unsupported: Option<String>,
+    /// There is, and we may not use it.
+    denied: bool,
     /// kubelet uses `iptables-nft`; `None` before the first look.
     hint: Option<bool>,
     seen: Seen,
@@ -112,8 +126,8 @@ pub struct Native {
     hurried: u32,
     look_at: Option<Instant>,
     counting_since: Instant,
-    /// Families whose turn to be written it is.
-    writes: VecDeque<Family>,
+    /// Groups whose turn to be written it is.
+    writes: VecDeque<Group>,
     written: u64,
     /// Who was the first to change something since the last look, as the kernel names them.
     culprit: Option<String>,
@@ -141,8 +155,9 @@ impl Native {
         Self {
             wants: Vec::new(),
             ours: Ours::default(),
-            sides: [side(4), side(6)],
+            sides: [side(4), side(6), side(24), side(26)],
             unsupported: None,
+            denied: false,
             hint: None,
             seen: Seen::default(),
             generation: 0,
@@ -172,13 +187,13 @@ impl Native {
         self.job = None;
         self.lists.clear();
         self.writes.clear();
-        for family in Family::ALL {
-            let side = &mut self.sides[index(family)];
+        for group in GROUPS {
+            let side = &mut self.sides[index(group)];
             side.in_place = false;
             side.retry_at = None;
             self.thorough = true;
             if !side.fully_random {
-                self.forget_fully_random(family);
+                self.forget_fully_random(group.0);
             }
         }
         self.look_at = Some(now);
@@ -199,6 +214,11 @@ impl Native {
     /// Why there is no `nf_tables` here, if there is none.
     pub fn unsupported(&self) -> Option<&str> {
         self.unsupported.as_deref()
+    }
+
+    /// Is it sure that nothing of ours is there, or as it should be?
+    pub fn is_settled(&self) -> bool {
+        self.is_in_place() || self.unsupported.is_some() && !self.denied
     }
 
     /// Does kubelet use `iptables-nft`? `None` before the first look.
@@ -284,9 +304,9 @@ impl Native {
     /// The datagram that was to be sent last could not be sent.
     pub fn handle_send_error(&mut self, error: &io::Error, now: Instant) {
         match self.job.take() {
-            Some((Job::Write { family, .. }, _)) => {
+            Some((Job::Write { group, .. }, _)) => {
                 let code = error.raw_os_error().unwrap_or(0);
-                self.refused(family, None, code, error.to_string(), now);
+                self.refused(group, None, code, error.to_string(), now);
             }
             _ => self.handle_lost_replies(now),
         }
@@ -305,8 +325,8 @@ impl Native {
             if let Some((family, table, chain)) = self.lists.pop_front() {
                 break self.list(family, table, chain);
             }
-            if let Some(family) = self.writes.pop_front() {
-                match self.write(family, now) {
+            if let Some(group) = self.writes.pop_front() {
+                match self.write(group, now) {
                     Some(job) => break job,
                     None => continue,
                 }
@@ -335,8 +355,8 @@ impl Native {
                     *sequence == message.sequence
                         && self.listed((*family, table, chain), intact, &message, now)
                 }
-                Job::Write { family, begin, steps, errors } => {
-                    self.answered(*family, *begin, steps, errors, &message, now)
+                Job::Write { group, begin, steps, errors } => {
+                    self.answered(*group, *begin, steps, errors, &message, now)
                 }
             };
             if !over {
@@ -346,6 +366,6 @@ impl Native {
     }
 }
 
-fn index(family: Family) -> usize {
-    usize::from(family == Family::V6)
+fn index(group: Group) -> usize {
+    GROUPS.iter().position(|known| *known == group).unwrap_or(0)
 }

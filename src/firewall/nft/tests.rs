@@ -235,7 +235,7 @@ fn a_complete_kernel() {
         let (mut firewall, mut kernel) = (firewall(Some(mode), now), Kernel::complete());
         let events = talk(&mut firewall, &mut kernel, now);
         assert!(firewall.is_in_place(), "{events:?}");
-        assert_eq!(firewall.written(), 2, "one transaction a family");
+        assert_eq!(firewall.written(), 4, "one transaction for each family and purpose");
         let chain = if mode == Mode::Nftables { "postrtg" } else { "FLANNEL-POSTRTG" };
         assert_eq!((kernel.rules(2, chain), kernel.rules(10, chain)), (6, 6));
     }
@@ -299,11 +299,19 @@ fn a_family_that_the_kernel_lacks_harms_no_other() {
     let events = talk(&mut firewall, &mut kernel, now);
     assert_eq!(kernel.rules(2, "postrtg"), 6);
     let refused = |event: &Event| matches!(event, Event::Refused { reason, .. } if reason.contains("ip6 flannel-ipv6"));
-    assert_eq!(events.iter().filter(|event| refused(event)).count(), 1, "{events:?}");
+    assert_eq!(
+        events.iter().filter(|event| refused(event)).count(),
+        2,
+        "one a purpose: {events:?}"
+    );
     assert!(firewall.trouble().is_some() && !firewall.is_in_place());
     // tried again, more and more rarely, and well once it is there
     let events = talk(&mut firewall, &mut kernel, now + Duration::from_secs(2));
-    assert_eq!(events.iter().filter(|event| refused(event)).count(), 1, "{events:?}");
+    assert_eq!(
+        events.iter().filter(|event| refused(event)).count(),
+        2,
+        "one a purpose: {events:?}"
+    );
     let mut kernel = Kernel { lacks: |_, _, _| None, ..kernel };
     talk(&mut firewall, &mut kernel, now + Duration::from_secs(120));
     assert!(firewall.is_in_place() && firewall.trouble().is_none());
@@ -452,7 +460,7 @@ fn a_datagram_that_cannot_be_sent_is_said() {
         events.extend(std::iter::from_fn(|| firewall.poll_event(now)));
     }
     let said = |event: &&Event| matches!(event, Event::Refused { reason, .. } if reason.contains("Message too long"));
-    assert_eq!(events.iter().filter(said).count(), 2, "one a family: {events:?}");
+    assert_eq!(events.iter().filter(said).count(), 4, "one a group: {events:?}");
     assert!(firewall.trouble().is_some());
     assert!(firewall.poll_timeout().is_some_and(|at| at > now), "not at once");
 }

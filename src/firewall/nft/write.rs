@@ -1,9 +1,9 @@
-//! Transactions: what differs is set right, one family at a time, and what the kernel says to it.
+//! Transactions: what differs is set right, one group at a time, and what the kernel says to it.
 
 use std::io;
 use std::time::Instant;
 
-use super::{Job, Native, PATIENCE, STIR, encode, index};
+use super::{Group, Job, Native, PATIENCE, STIR, encode, index};
 use crate::family::Family;
 use crate::firewall::change::{self, Change, Want};
 use crate::firewall::rule::Verdict;
@@ -12,16 +12,18 @@ use crate::firewall::{Event, Trouble};
 use crate::netlink::{ERROR, Message, flag, outcome};
 
 impl Native {
-    /// Writes one family's transaction, if there is something to write.
-    pub(super) fn write(&mut self, family: Family, now: Instant) -> Option<Job> {
-        let steps = change::changes(&self.wants, family, &self.ours, &self.seen);
-        let broken = self.broken(family);
+    /// Writes one group's transaction, if there is something to write.
+    pub(super) fn write(&mut self, group: Group, now: Instant) -> Option<Job> {
+        let (family, part) = group;
+        let here = |site: Site| (site.family, site.part) == group;
+        let steps = change::changes(&self.wants, here, &self.ours, &self.seen);
+        let broken = self.broken(group);
         let last = self.writes.is_empty();
         let culprit = if last { self.blamed.take() } else { self.blamed.clone() };
-        let side = &mut self.sides[index(family)];
+        let side = &mut self.sides[index(group)];
         if steps.is_empty() {
             side.retry_at = None;
-            if let Some((part, reason)) = broken {
+            if let Some(reason) = broken {
                 side.in_place = false;
                 let trouble = Trouble { part: Some(part), reason: reason.clone() };
                 if side.trouble.replace(trouble.clone()) != Some(trouble) {
@@ -32,12 +34,13 @@ impl Native {
             if side.trouble.take().is_some() {
                 side.backoff.succeeded();
             }
-            if !std::mem::replace(&mut side.in_place, true) && has_any(&self.wants, family) {
+            if !std::mem::replace(&mut side.in_place, true) && self.is_family_in_place(family) {
                 self.events.push_back(Event::InPlace(family));
             }
             self.thorough = !self.sides.iter().all(|side| side.in_place);
             return None;
         }
+        let was_in_place = std::mem::replace(&mut side.in_place, false);
         if side.retry_at.is_some_and(|at| at > now) {
             self.look_at = [self.look_at, side.retry_at].into_iter().flatten().min();
             return None;
@@ -48,17 +51,18 @@ impl Native {
             side.retry_at = Some(now + retry_in);
             self.look_at = [self.look_at, side.retry_at].into_iter().flatten().min();
             let by = culprit.unwrap_or_else(|| "somebody".into());
+            let reason = format!("{by} changes them again and again");
+            side.trouble = Some(Trouble { part: Some(part), reason });
             self.events.push_back(Event::Quarrel { family, by, retry_in });
             return None;
         }
         side.repairs += 1;
-        if side.in_place {
+        if was_in_place {
             self.events.push_back(Event::Healed { family, what: what(&steps), by: culprit });
         }
-        side.in_place = false;
         let begin = self.next_sequence();
         encode::begin_batch(&mut self.writer, begin, self.generation);
-        let dialect = self.sides[index(family)].dialect;
+        let dialect = self.sides[index(group)].dialect;
         let mut sent = Vec::new();
         for (site, change) in steps {
             let sequence = self.next_sequence();
@@ -69,14 +73,14 @@ impl Native {
         let end = self.next_sequence();
         encode::end_batch(&mut self.writer, end);
         self.written += 1;
-        Some(Job::Write { family, begin, steps: sent, errors: Vec::new() })
+        Some(Job::Write { group, begin, steps: sent, errors: Vec::new() })
     }
 
     /// Everybody's chain or table that is not as `iptables` makes it, so that rules of ours in it have no effect.
-    fn broken(&self, family: Family) -> Option<(Part, String)> {
-        let wanted = |(site, rules): &&Want| site.family == family && !rules.is_empty();
+    fn broken(&self, group: Group) -> Option<String> {
+        let wanted = |(site, rules): &&Want| (site.family, site.part) == group && !rules.is_empty();
         self.wants.iter().filter(wanted).find_map(|(site, _)| {
-            let (table, hook) = (site.table(), site.hook()?);
+            let (family, table, hook) = (site.family, site.table(), site.hook()?);
             let what = if self.seen.odd.contains(&(family, table, hook)) {
                 format!(
                     "chain {} {table} {hook} is not hung in the kernel as iptables does it",
@@ -87,13 +91,20 @@ impl Native {
             } else {
                 return None;
             };
-            Some((site.part, format!("{what}: put it right, or choose -firewall=nftables")))
+            Some(format!("{what}: put it right, or choose -firewall=nftables"))
         })
+    }
+
+    /// Is something wanted for the family, and all of it there?
+    fn is_family_in_place(&self, family: Family) -> bool {
+        let wanted =
+            self.wants.iter().any(|(site, rules)| site.family == family && !rules.is_empty());
+        wanted && Part::ALL.into_iter().all(|part| self.sides[index((family, part))].in_place)
     }
 
     pub(super) fn answered(
         &mut self,
-        family: Family,
+        group: Group,
         begin: u32,
         steps: &mut [Option<(Site, Change)>],
         errors: &mut Vec<(usize, i32, String)>,
@@ -117,7 +128,7 @@ impl Native {
                 self.writes.clear();
                 self.look_at = Some(now + STIR);
             } else {
-                self.refused(family, None, code, reason(), now);
+                self.refused(group, None, code, reason(), now);
             }
             return true;
         }
@@ -139,7 +150,7 @@ impl Native {
             }
             Some((at, code, reason)) => {
                 let step = steps.get_mut(*at).and_then(Option::take);
-                self.refused(family, step, *code, reason.clone(), now);
+                self.refused(group, step, *code, reason.clone(), now);
             }
         }
         true
@@ -148,24 +159,27 @@ impl Native {
     /// The kernel did not take a transaction. What it lacks is done without, where that is possible.
     pub(super) fn refused(
         &mut self,
-        family: Family,
+        group: Group,
         step: Option<(Site, Change)>,
         code: i32,
         reason: String,
         now: Instant,
     ) {
+        let (family, part) = group;
         const ENOENT: i32 = 2;
         const EBUSY: i32 = 16;
         const EINVAL: i32 = 22;
         const EOPNOTSUPP: i32 = 95;
         if let (EBUSY, Some((site, Change::RemoveChain(chain)))) = (code, &step) {
-            self.ours.stuck.insert((family, site.table(), *chain));
             self.look_at = Some(now);
-            let chain = format!("{} {} {chain}", keyword(family), site.table());
-            return self.events.push_back(Event::Stuck(chain));
+            if self.ours.stuck.insert((family, site.table(), *chain)) {
+                let chain = format!("{} {} {chain}", keyword(family), site.table());
+                self.events.push_back(Event::Stuck(chain));
+            }
+            return;
         }
         let lacks = [ENOENT, EINVAL, EOPNOTSUPP].contains(&code);
-        let side = &mut self.sides[index(family)];
+        let side = &mut self.sides[index(group)];
         let rule = match &step {
             Some((_, Change::Insert(rule) | Change::Append { rule, .. })) => Some(rule),
             _ => None,
@@ -195,9 +209,9 @@ impl Native {
                 return self.events.push_back(Event::WithoutTarget(family));
             }
         }
-        let (part, object) = match &step {
-            Some((site, change)) => (Some(site.part), describe(*site, change)),
-            None => (None, format!("the {family} rules")),
+        let object = match &step {
+            Some((site, change)) => describe(*site, change),
+            None => format!("the {family} {}", part.name()),
         };
         let hint = match &step {
             Some((_, Change::MakeTable)) if lacks => {
@@ -218,7 +232,7 @@ impl Native {
         let reason = format!("{object}: {reason}{hint}");
         let retry_in = side.backoff.failed();
         side.retry_at = Some(now + retry_in);
-        side.trouble = Some(Trouble { part, reason: reason.clone() });
+        side.trouble = Some(Trouble { part: Some(part), reason: reason.clone() });
         self.look_at = Some(self.look_at.map_or(now + retry_in, |at| at.min(now + retry_in)));
         self.events.push_back(Event::Refused { reason, retry_in: Some(retry_in) });
     }
@@ -231,10 +245,6 @@ impl Native {
             }
         }
     }
-}
-
-fn has_any(wants: &[Want], family: Family) -> bool {
-    wants.iter().any(|(site, rules)| site.family == family && !rules.is_empty())
 }
 
 /// The places that steps concern: `masquerade rules in ip nat, forward rules in ip filter`.
