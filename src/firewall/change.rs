@@ -33,7 +33,7 @@ impl Ours {
     }
 }
 
-/// One step. All steps of a family are taken together or not at all.
+/// One step. The steps for one family and purpose are taken together or not at all.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Change {
     /// Makes the site's table.

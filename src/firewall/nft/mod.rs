@@ -1,7 +1,7 @@
 //! Rules kept over `nf_tables` netlink: in tables of our own, and in those that `iptables-nft` shares with everybody.
 //!
-//! A look reads the few chains that concern us; what differs is set right in one transaction per family, which the kernel
-//! takes whole or not at all, and only if nothing has changed since the look (`NFNL_BATCH_GENID`). Looks are caused by the
+//! A look reads the few chains that concern us; what differs is set right in one transaction for each family and
+//! purpose, which the kernel takes whole or not at all, and only if nothing has changed since the look (`NFNL_BATCH_GENID`). Looks are caused by the
 //! notification that ends every transaction on the host, whoever made it; a slow one once a minute trusts nobody.
 
 mod decode;
