@@ -45,6 +45,11 @@ fn remove_rules(settings: &Settings) -> Result<(), Fatal> {
     loop {
         let now = clock::now().mono;
         rules.turn(&registry, now)?;
+        if rules.is_denied() {
+            return Err(Fatal(
+                "nothing can be removed without CAP_NET_ADMIN: run this as root".into(),
+            ));
+        }
         if rules.is_clean() && rules.is_blind() {
             return Err(Fatal(
                 "the tables of the old iptables are in use, and without iptables-legacy-save and -restore nobody can look for \

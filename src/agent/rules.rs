@@ -3,6 +3,7 @@
 use std::env;
 use std::ffi::OsString;
 use std::fmt::Write;
+use std::io;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -63,7 +64,11 @@ impl Rules {
             port.register(registry, token::RULESET_REPLIES, token::RULESET_NOTICES)?;
             Ok(port)
         });
-        let port = port.map_err(|error| native.set_unsupported(error.to_string())).ok();
+        let port = port.map_err(|error| match error.kind() {
+            io::ErrorKind::PermissionDenied => native.set_denied(),
+            _ => native.set_unsupported(error.to_string()),
+        });
+        let port = port.ok();
         let path = env::var_os("PATH").unwrap_or_else(|| OsString::from("/usr/sbin:/sbin"));
         let tools = Family::ALL.map(|family| legacy::find_tools(&path, family));
         let in_use = Family::ALL.map(legacy::tables_in_use);
@@ -270,6 +275,11 @@ impl Rules {
             None if !self.firewall.is_in_place() => Some("traffic rules are not in place".into()),
             _ => None,
         }
+    }
+
+    /// May we not look at rules at all?
+    pub(super) fn is_denied(&self) -> bool {
+        self.firewall.is_denied()
     }
 
     /// Chains that cannot be removed.

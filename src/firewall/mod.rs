@@ -340,6 +340,11 @@ impl Firewall {
         }
     }
 
+    /// May we not look at rules at all?
+    pub fn is_denied(&self) -> bool {
+        self.native.is_denied()
+    }
+
     /// Are there tables in the kernel that nobody here can read?
     pub fn is_blind(&self) -> bool {
         self.legacy.is_blind()

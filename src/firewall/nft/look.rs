@@ -136,10 +136,7 @@ impl Native {
         const NONE: [i32; 3] = [22, 93, 95]; // EINVAL, EPROTONOSUPPORT, EOPNOTSUPP
         let error = io::Error::from_raw_os_error(code);
         match code {
-            EPERM if self.hint.is_none() => {
-                self.denied = true;
-                self.set_unsupported(format!("{error}: CAP_NET_ADMIN is needed"));
-            }
+            EPERM if self.hint.is_none() => self.set_denied(),
             _ if self.hint.is_none() && NONE.contains(&code) => {
                 self.set_unsupported(error.to_string());
             }

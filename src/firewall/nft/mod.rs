@@ -211,9 +211,20 @@ impl Native {
         self.look_at = None;
     }
 
+    /// `nf_tables` is there, and refuses us.
+    pub fn set_denied(&mut self) {
+        self.denied = true;
+        self.set_unsupported("not permitted: CAP_NET_ADMIN is needed".into());
+    }
+
     /// Why there is no `nf_tables` here, if there is none.
     pub fn unsupported(&self) -> Option<&str> {
         self.unsupported.as_deref()
+    }
+
+    /// Is there `nf_tables`, and may we not use it?
+    pub fn is_denied(&self) -> bool {
+        self.denied
     }
 
     /// Is it sure that nothing of ours is there, or as it should be?
