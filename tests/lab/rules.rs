@@ -410,3 +410,27 @@ fn cleaning_up() {
         assert_eq!(clean_up().0, Some(0));
     }
 }
+
+/// The network config chooses for all hosts, and a flag for one.
+#[test]
+fn the_network_config_chooses_nftables() {
+    let mut world = World::new();
+    let etcd = world.etcd(&[]);
+    etcd.put_config(
+        "v3",
+        &format!(r#"{{{DUAL},"EnableNFTables":true,"Backend":{{"Type":"vxlan"}}}}"#),
+    );
+    let host = world.host();
+    let agent = host.start(&["-ip-masq"]);
+    agent.wait_ready();
+    assert!(agent.log().contains("EnableNFTables is set in the network config"), "{}", agent.log());
+    let shown = host.run("nft list ruleset");
+    assert!(shown.contains("table ip flannel-ipv4") && shown.contains("table ip6 flannel-ipv6"));
+    assert!(!shown.contains("FLANNEL-"), "{shown}");
+    agent.stop();
+    let agent = host.start(&["-ip-masq", "-firewall=iptables-nft"]);
+    agent.wait_ready();
+    let flannels = || host.run("nft list ruleset").contains("table ip flannel-ipv4");
+    until("the tables of our own are gone", PATIENCE, || !flannels());
+    assert!(host.run("iptables-nft -t nat -S").contains("FLANNEL-POSTRTG"));
+}

@@ -114,7 +114,7 @@ impl<'a> Reader<'a> {
     }
 
     fn payload(&mut self, data: &[u8]) -> Option<()> {
-        let (source, destination, _) = wire::layout(self.family);
+        let (source, destination) = wire::layout(self.family);
         let offset = number(data, 3)?;
         let loaded = match offset {
             _ if number(data, 2)? != wire::NETWORK_HEADER || self.loaded.is_some() => return None,

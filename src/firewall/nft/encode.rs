@@ -190,7 +190,7 @@ fn expressions(out: &mut Writer, site: Site, rule: &Rule, dialect: Dialect) {
         bitwise(out, &mark.mask.to_ne_bytes());
         compare(out, wire::EQUAL, &mark.value.to_ne_bytes());
     }
-    let (source, destination, _) = wire::layout(site.family);
+    let (source, destination) = wire::layout(site.family);
     for (offset, term) in [(source, rule.source), (destination, rule.destination)] {
         if let Some(term) = term {
             address(out, offset, term);

@@ -71,8 +71,9 @@ enum Job {
     Write {
         group: Group,
         begin: u32,
-        steps: Vec<Option<(Site, Change)>>,
-        errors: Vec<(usize, i32, String)>,
+        steps: Vec<(Site, Change)>,
+        /// The first thing that was refused: which step, and why.
+        error: Option<(usize, i32, String)>,
     },
 }
 
@@ -187,11 +188,11 @@ impl Native {
         self.job = None;
         self.lists.clear();
         self.writes.clear();
+        self.thorough = true;
         for group in GROUPS {
             let side = &mut self.sides[index(group)];
             side.in_place = false;
             side.retry_at = None;
-            self.thorough = true;
             if !side.fully_random {
                 self.forget_fully_random(group.0);
             }
@@ -366,8 +367,8 @@ impl Native {
                     *sequence == message.sequence
                         && self.listed((*family, table, chain), intact, &message, now)
                 }
-                Job::Write { group, begin, steps, errors } => {
-                    self.answered(*group, *begin, steps, errors, &message, now)
+                Job::Write { group, begin, steps, error } => {
+                    self.answered(*group, *begin, steps, error, &message, now)
                 }
             };
             if !over {

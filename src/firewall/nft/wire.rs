@@ -86,11 +86,11 @@ pub(super) fn protocol(family: Family) -> u8 {
     }
 }
 
-/// Offsets of source and destination in the network header, and their length.
-pub(super) fn layout(family: Family) -> (u32, u32, u32) {
+/// Offsets of source and destination in the network header.
+pub(super) fn layout(family: Family) -> (u32, u32) {
     match family {
-        Family::V4 => (12, 16, 4),
-        Family::V6 => (8, 24, 16),
+        Family::V4 => (12, 16),
+        Family::V6 => (8, 24),
     }
 }
 

@@ -63,17 +63,15 @@ impl Native {
         let begin = self.next_sequence();
         encode::begin_batch(&mut self.writer, begin, self.generation);
         let dialect = self.sides[index(group)].dialect;
-        let mut sent = Vec::new();
-        for (site, change) in steps {
+        for (site, change) in &steps {
             let sequence = self.next_sequence();
-            encode::change(&mut self.writer, sequence, site, &change, dialect);
-            sent.push(Some((site, change)));
+            encode::change(&mut self.writer, sequence, *site, change, dialect);
         }
         self.writer.add_flags(flag::ACK);
         let end = self.next_sequence();
         encode::end_batch(&mut self.writer, end);
         self.written += 1;
-        Some(Job::Write { group, begin, steps: sent, errors: Vec::new() })
+        Some(Job::Write { group, begin, steps, error: None })
     }
 
     /// Everybody's chain or table that is not as `iptables` makes it, so that rules of ours in it have no effect.
@@ -106,8 +104,8 @@ impl Native {
         &mut self,
         group: Group,
         begin: u32,
-        steps: &mut [Option<(Site, Change)>],
-        errors: &mut Vec<(usize, i32, String)>,
+        steps: &[(Site, Change)],
+        error: &mut Option<(usize, i32, String)>,
         message: &Message<'_>,
         now: Instant,
     ) -> bool {
@@ -137,20 +135,19 @@ impl Native {
             return false;
         }
         if code != 0 {
-            errors.push((number.wrapping_sub(1), code, reason()));
+            error.get_or_insert_with(|| (number.wrapping_sub(1), code, reason()));
         }
         if number != steps.len() {
             return false;
         }
-        match errors.first() {
+        match error.take() {
             None => {
                 // our own transaction; and see how it looks now
                 self.generation = self.generation.wrapping_add(1);
                 self.look_at = Some(now);
             }
             Some((at, code, reason)) => {
-                let step = steps.get_mut(*at).and_then(Option::take);
-                self.refused(group, step, *code, reason.clone(), now);
+                self.refused(group, steps.get(at).cloned(), code, reason, now);
             }
         }
         true
