@@ -1,14 +1,16 @@
 # Everything that there is to do here. `make help` lists it.
 
-PACKAGES := etcd-server etcd-client iproute2 iptables nftables iputils-ping iperf3 curl procps gcc libc6-dev
-COMMANDS := etcd etcdctl ip bridge iptables-nft iptables-legacy nft ping iperf3 curl setsid sysctl gcc
+PACKAGES := etcd-server etcd-client iproute2 iptables nftables iputils-ping iperf3 curl procps gcc libc6-dev openssl util-linux
+
+COMMANDS := etcd etcdctl ip bridge iptables-nft iptables-legacy nft ping iperf3 curl setsid sysctl gcc openssl setpriv unshare
+
 HOST     := $(shell rustc -vV 2>/dev/null | sed -n 's/^host: //p')
 LIMIT    := 3800000
 
-.PHONY: help demo test bench lint fmt doc release clean deps root
+.PHONY: help demo test test-kubernetes bench lint fmt doc release clean deps root
 
 help: ## list the goals
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
 demo: root deps ## three hosts join an overlay, drawn in the terminal
 	cargo build --release --locked
@@ -18,6 +20,14 @@ demo: root deps ## three hosts join an overlay, drawn in the terminal
 test: root deps ## all tests; installs what it needs; runs as root
 	cargo test --locked
 	cargo test --locked --doc
+	@if tests/tools/kube-apiserver.sh find >/dev/null; then $(MAKE) test-kubernetes; else \
+	    echo "SKIPPED: the Kubernetes scenarios, for want of a kube-apiserver; 'make test-kubernetes' builds one and runs them"; fi
+
+test-kubernetes: root deps ## the Kubernetes scenarios; builds a kube-apiserver once, which takes minutes
+	tests/tools/kube-apiserver.sh build
+	tests/tools/helm.sh build
+	cargo test --locked --test kubernetes
+
 
 bench: root deps ## starts, costs at scale, throughput of the tunnel
 	cargo bench --locked

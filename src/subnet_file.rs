@@ -51,7 +51,10 @@ pub fn write(path: &Path, content: &str) -> io::Result<()> {
 }
 
 /// Writes a file beside `path` and moves it there once it is on the disk. Missing directories are made with `dir_mode`.
-pub(crate) fn replace(
+///
+/// # Errors
+/// The text names the path and what could not be done to it.
+pub fn replace(
     path: &Path,
     dir_mode: u32,
     mode: u32,
@@ -63,6 +66,9 @@ pub(crate) fn replace(
     let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let mut fresh = std::ffi::OsString::from(".");
     fresh.push(name);
+    // whoever reads the directory by endings of names must not take it for the file
+    fresh.push(".tmp");
+
     let fresh = dir.join(fresh);
     let whole = || -> io::Result<()> {
         DirBuilder::new().recursive(true).mode(dir_mode).create(dir)?;

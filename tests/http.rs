@@ -15,7 +15,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use flanneld::http::client::Client;
-use flanneld::http::{HttpEvent, Method, Request, TlsSettings};
+use flanneld::http::{
+    Access, Credentials, HttpEvent, Method, Pem, Plugin, Request, Source, TlsSettings,
+};
 use flanneld::store::Lane;
 use mio::{Events, Poll, Token, Waker};
 use rustls::pki_types::pem::PemObject;
@@ -53,11 +55,19 @@ fn get(endpoint: usize) -> Request {
     }
 }
 
+fn access(urls: &[String], tls: &TlsSettings) -> Access {
+    Access { endpoints: urls.to_vec(), tls: tls.clone(), ..Access::default() }
+}
+
 impl Fixture {
     fn new(urls: &[String], tls: &TlsSettings) -> Self {
+        Self::with(access(urls, tls))
+    }
+
+    fn with(access: Access) -> Self {
         let poll = Poll::new().unwrap();
         let waker = Arc::new(Waker::new(poll.registry(), WAKER).unwrap());
-        let client = Client::new(urls, tls, waker, FIRST).unwrap();
+        let client = Client::new(access, waker, FIRST).unwrap();
         Self { poll, client }
     }
 
@@ -95,7 +105,7 @@ impl Fixture {
             };
             for event in &events {
                 match event.token() {
-                    WAKER => self.client.handle_resolved(registry, now),
+                    WAKER => self.client.handle_waker(registry, now),
                     token => self.client.ready(token, registry, now, &mut sink),
                 }
             }
@@ -315,7 +325,7 @@ fn refused_and_unknown() {
         let poll = Poll::new().unwrap();
         let waker = Arc::new(Waker::new(poll.registry(), WAKER).unwrap());
         assert!(
-            Client::new(&[url.to_owned()], &TlsSettings::default(), waker, FIRST).is_err(),
+            Client::new(access(&[url.to_owned()], &TlsSettings::default()), waker, FIRST).is_err(),
             "{url}"
         );
     }
@@ -364,13 +374,17 @@ impl Authority {
         self.dir.join(name)
     }
 
+    fn pem(&self, name: &str) -> Pem {
+        Pem::File(self.path(name))
+    }
+
     fn trust(&self) -> TlsSettings {
-        TlsSettings { ca: Some(self.path("ca.pem")), identity: None }
+        TlsSettings { ca: Some(self.pem("ca.pem")), ..TlsSettings::default() }
     }
 
     fn trust_and_identity(&self) -> TlsSettings {
         TlsSettings {
-            identity: Some((self.path("client.pem"), self.path("client.key"))),
+            identity: Some((self.pem("client.pem"), self.pem("client.key"))),
             ..self.trust()
         }
     }
@@ -449,6 +463,103 @@ fn tls_with_client_certificates() {
     assert!(reason.to_lowercase().contains("certificate"), "{reason}");
 }
 
+/// Certificates given as text, another name than the endpoint's, and no verification at all.
+#[test]
+fn tls_as_a_kubeconfig_has_it() {
+    let (authority, other) = (Authority::new("text"), Authority::new("stranger"));
+    let address = authority.serve(true);
+    let urls = [format!("https://{address}")];
+    let text = |name: &str| Pem::Text(fs::read(authority.path(name)).unwrap().into(), "test");
+    let settings = TlsSettings {
+        ca: Some(text("ca.pem")),
+        identity: Some((text("client.pem"), text("client.key"))),
+        server_name: Some("localhost".into()),
+        ..TlsSettings::default()
+    };
+    assert_eq!(Fixture::new(&urls, &settings).run(get(0)).status, 200);
+    let named = TlsSettings { server_name: Some("elsewhere".into()), ..settings.clone() };
+    assert!(
+        Fixture::new(&urls, &named)
+            .fails(get(0))
+            .contains("a name or address that the certificate holds")
+    );
+    let strange = TlsSettings { ca: Some(other.pem("ca.pem")), unverified: true, ..settings };
+    assert_eq!(Fixture::new(&urls, &strange).run(get(0)).status, 200);
+}
+
+/// Files that are replaced are taken up with the next request; half-written ones are not.
+#[test]
+fn tls_files_are_rotated() {
+    let (authority, new) = (Authority::new("before"), Authority::new("after"));
+    let mut fixture = Fixture::new(
+        &[format!("https://{}", authority.serve(true))],
+        &authority.trust_and_identity(),
+    );
+    assert_eq!(fixture.run(get(0)).status, 200);
+    fs::write(authority.path("client.pem"), "-----BEGIN").unwrap();
+    assert_eq!(fixture.run(get(0)).status, 200);
+    // now the client holds what the server does not know
+    for name in ["client.pem", "client.key"] {
+        fs::copy(new.path(name), authority.path(name)).unwrap();
+    }
+    let reason = fixture.fails(get(0));
+    assert!(reason.contains("-etcd-certfile and -etcd-keyfile"), "{reason}");
+}
+
+/// Each request carries the token that the file holds then.
+#[test]
+fn a_token_file_is_rotated() {
+    let authority = Authority::new("token");
+    let address = server(|mut stream, _| {
+        while let Some(request) = read_request(&mut stream) {
+            let known = request.to_lowercase().contains("authorization: bearer two");
+            let status = if known { "200 OK" } else { "401 Unauthorized" };
+            let _ = write!(stream, "HTTP/1.1 {status}\r\nContent-Length: 0\r\n\r\n");
+        }
+    });
+    let token = authority.path("token");
+    let source = Source::TokenFile(token.clone());
+    let credentials = Credentials { source, fields: vec![("impersonate-user", "me".into())] };
+    let endpoints = vec![format!("http://{address}")];
+    let mut fixture = Fixture::with(Access { endpoints, credentials, ..Access::default() });
+    assert!(fixture.fails(get(0)).contains("read the token in"));
+    for (content, status) in [("one", 401), ("two\n", 200), ("three", 401)] {
+        fs::write(&token, content).unwrap();
+        assert_eq!(fixture.run(get(0)).status, status, "{content}");
+    }
+}
+
+/// A plugin's token is used until it is refused; then the plugin is asked again.
+#[test]
+fn a_credential_plugin_is_asked_again() {
+    let authority = Authority::new("plugin");
+    let address = server(|mut stream, _| {
+        while let Some(request) = read_request(&mut stream) {
+            let known = request.to_lowercase().contains("authorization: bearer t2");
+            let status = if known { "200 OK" } else { "401 Unauthorized" };
+            let _ = write!(stream, "HTTP/1.1 {status}\r\nContent-Length: 0\r\n\r\n");
+        }
+    });
+    let count = authority.path("count");
+    let script = format!(
+        r#"echo x >> {0}; n=$(wc -l < {0}); echo "{{\"status\":{{\"token\":\"t$n\"}}}}""#,
+        count.display()
+    );
+    let plugin = Plugin {
+        command: "sh".into(),
+        args: vec!["-c".into(), script],
+        env: Vec::new(),
+        install_hint: String::new(),
+    };
+    let credentials = Credentials { source: Source::Plugin(plugin), fields: Vec::new() };
+    let endpoints = vec![format!("http://{address}")];
+    let mut fixture = Fixture::with(Access { endpoints, credentials, ..Access::default() });
+    for status in [401, 200, 200, 200] {
+        assert_eq!(fixture.run(get(0)).status, status);
+    }
+    assert_eq!(fs::read_to_string(count).unwrap().lines().count(), 2);
+}
+
 #[test]
 fn tls_with_the_wrong_ones() {
     let (authority, other) = (Authority::new("one"), Authority::new("other"));
@@ -466,21 +577,25 @@ fn tls_with_the_wrong_ones() {
     let reason = Fixture::plain(address).fails(get(0));
     assert!(!reason.is_empty());
     // files that are none
-    let missing = TlsSettings { ca: Some("/nowhere/ca.pem".into()), identity: None };
+    let missing =
+        TlsSettings { ca: Some(Pem::File("/nowhere/ca.pem".into())), ..TlsSettings::default() };
     for (settings, says) in [
         (missing, "/nowhere/ca.pem"),
-        (TlsSettings { ca: Some(authority.path("server.key")), identity: None }, "server.key"),
+        (
+            TlsSettings { ca: Some(authority.pem("server.key")), ..TlsSettings::default() },
+            "server.key",
+        ),
         (
             TlsSettings {
-                ca: None,
-                identity: Some((authority.path("client.pem"), authority.path("ca.pem"))),
+                identity: Some((authority.pem("client.pem"), authority.pem("ca.pem"))),
+                ..TlsSettings::default()
             },
             "ca.pem",
         ),
     ] {
         let poll = Poll::new().unwrap();
         let waker = Arc::new(Waker::new(poll.registry(), WAKER).unwrap());
-        let error = Client::new(&urls, &settings, waker, FIRST).map(drop).unwrap_err();
+        let error = Client::new(access(&urls, &settings), waker, FIRST).map(drop).unwrap_err();
         assert!(error.contains(says), "{error}");
     }
 }

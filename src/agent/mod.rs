@@ -16,7 +16,10 @@ mod tunnel;
 
 use std::ffi::OsString;
 use std::fmt;
+use std::fs;
 use std::io;
+use std::path::PathBuf;
+
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -25,12 +28,16 @@ use mio::{Events, Interest, Poll, Waker};
 
 pub use self::clean_up::clean_up;
 use self::network::Network;
-use crate::cli::Settings;
+use crate::cli::{Settings, settings};
+use crate::config::NetworkConfig;
 use crate::health::Health;
-use crate::http::TlsSettings;
+use crate::http::{Access, Credentials, Pem, TlsSettings};
+
 use crate::http::client::Client;
 use crate::notify;
+use crate::store::Store;
 use crate::store::etcd::Etcd;
+use crate::store::kube::{self, Kube, access};
 use crate::sys::random;
 use crate::sys::signal::Signals;
 
@@ -77,13 +84,11 @@ pub fn run(settings: Settings, notify_socket: Option<OsString>) -> Result<(), Fa
         None => None,
     };
 
-    let etcd = &settings.etcd;
-    let tls = TlsSettings { ca: etcd.ca.clone(), identity: etcd.identity.clone() };
-    let client = Client::new(&etcd.endpoints, &tls, waker, token::HTTP).map_err(Fatal)?;
     let mut seed = [0; 8];
     random::fill(&mut seed).map_err(fatal("read random bytes"))?;
-    let store = Etcd::new(etcd, settings.renew_margin, u64::from_ne_bytes(seed));
-    let mut network = Network::new(settings, Box::new(store), client, clock::now());
+    let (store, access) = store(&settings, u64::from_ne_bytes(seed)).map_err(Fatal)?;
+    let client = Client::new(access, waker, token::HTTP).map_err(Fatal)?;
+    let mut network = Network::new(settings, store, client, clock::now());
 
     let mut ready = Readiness::new(notify_socket);
     let mut events = Events::with_capacity(64);
@@ -119,6 +124,45 @@ pub fn run(settings: Settings, notify_socket: Option<OsString>) -> Result<(), Fa
             } else {
                 network.handle_ready(token, &registry, now);
             }
+        }
+    }
+}
+
+/// The store that the settings name, and how it is reached.
+fn store(settings: &Settings, seed: u64) -> Result<(Box<dyn Store>, Access), String> {
+    match &settings.store {
+        settings::Store::Etcd(etcd) => {
+            let file = |path: &PathBuf| Pem::File(path.clone());
+            let tls = TlsSettings {
+                ca: etcd.ca.as_ref().map(file),
+                identity: etcd.identity.as_ref().map(|(chain, key)| (file(chain), file(key))),
+                ..TlsSettings::default()
+            };
+            let endpoints = etcd.endpoints.clone();
+            let store = Etcd::new(etcd, settings.renew_margin, seed);
+            Ok((Box::new(store), Access { endpoints, tls, credentials: Credentials::default() }))
+        }
+        settings::Store::Kube(kube) => {
+            let path = kube.config.display();
+            let document = fs::read_to_string(&kube.config).map_err(|error| {
+                format!("read the network config {path}: {error}; -net-config-path names the file")
+            })?;
+            let config = NetworkConfig::parse(&document)
+                .map_err(|error| format!("the network config in {path} is not valid: {error}"))?;
+            let who = kube.who.clone().ok_or(
+                "which node is this? Set NODE_NAME in the environment (or POD_NAME and POD_NAMESPACE, in a pod)",
+            )?;
+            let found = access::find(kube)?;
+            found.warnings.iter().for_each(|warning| warn!("{warning}"));
+            let setup = kube::Setup {
+                who,
+                prefix: kube.prefix.clone(),
+                config,
+                set_condition: kube.set_condition,
+                endpoints: found.access.endpoints.clone(),
+                credential: found.credential(),
+            };
+            Ok((Box::new(Kube::new(setup, seed)), found.access))
         }
     }
 }

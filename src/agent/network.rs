@@ -72,6 +72,8 @@ pub(super) struct Network {
     save_at: Option<Instant>,
     saver: Saver,
     save_failed: bool,
+    /// It has worked.
+    works: bool,
     /// The budget of the last turn ran out.
     more: bool,
 }
@@ -105,6 +107,7 @@ impl Network {
             save_at: None,
             saver: Saver::default(),
             save_failed: false,
+            works: false,
             more: false,
         }
     }
@@ -148,6 +151,7 @@ impl Network {
         if let Some(rules) = &self.rules {
             rules.status(&mut out);
         }
+        self.store.status(&mut out);
         out
     }
 
@@ -159,7 +163,7 @@ impl Network {
                 store.handle_http(lane, event, now)
             });
         } else if token == token::WAKER {
-            self.client.handle_resolved(registry, now.mono);
+            self.client.handle_waker(registry, now.mono);
         } else if Rules::owns(token) {
             self.rules.iter_mut().for_each(Rules::handle_ready);
         } else if let Some(dataplane) = &mut self.dataplane {
@@ -213,6 +217,11 @@ impl Network {
             if self.file_due && dataplane.host_is_up() && ruled {
                 self.write_file(now);
             }
+        }
+        if stirred && !self.works && self.unready().is_none() {
+            self.works = true;
+            self.store.set_ready();
+            self.more = true;
         }
         Ok(stirred)
     }
@@ -334,18 +343,25 @@ impl Network {
         if previous == Subnets::default() {
             previous = self.saved.as_ref().map(|view| view.own.subnets).unwrap_or_default();
         }
-        let identity =
-            Identity { public_ip: underlay.public_v4, public_ipv6: underlay.public_v6, previous };
+        let identity = Identity {
+            public_ip: underlay.public_v4,
+            public_ipv6: underlay.public_v6,
+            previous,
+            peers: self.saved.as_ref().map_or(0, |view| view.peers.len()),
+        };
         self.store.identify(identity, now);
         Ok(())
     }
 
     fn choose_underlay(&self, config: &NetworkConfig) -> Result<(Underlay, Inventory), Fatal> {
-        let wanted = &self.settings.interface;
+        let set = self.store.public_addresses();
+        let mut wanted = self.settings.interface.clone();
+        wanted.public_ip = set.v4.or(wanted.public_ip);
+        wanted.public_ipv6 = set.v6.or(wanted.public_ipv6);
         let inventory = Inventory::read(wanted.can_reach)
             .map_err(|error| Fatal(format!("list the network interfaces: {error}")))?;
         let families = Families { v4: config.v4.is_some(), v6: config.v6.is_some() };
-        let choice = underlay::choose(wanted, families, &inventory).map_err(Fatal)?;
+        let choice = underlay::choose(&wanted, families, &inventory).map_err(Fatal)?;
         choice.why.iter().for_each(|line| info!("{line}"));
         Ok((choice.underlay, inventory))
     }

@@ -105,6 +105,42 @@ pub(super) const GROUPS: &[Group] = &[
         ],
     ),
     (
+        "Where leases are kept (Kubernetes)",
+        &[
+            flag(
+                "kube-subnet-mgr",
+                Bool,
+                "false",
+                "keep them with the nodes of a Kubernetes cluster",
+            ),
+            flag(
+                "kube-api-url",
+                Text,
+                "",
+                "comma-separated URLs of the API server, instead of the kubeconfig's or the pod's",
+            ),
+            flag("kubeconfig-file", Text, "", "kubeconfig; without it, what a pod is given"),
+            flag(
+                "kube-annotation-prefix",
+                Text,
+                "flannel.alpha.coreos.com",
+                "what the names of our annotations begin with",
+            ),
+            flag(
+                "net-config-path",
+                Text,
+                "/etc/kube-flannel/net-conf.json",
+                "file with the network config",
+            ),
+            flag(
+                "set-node-network-unavailable",
+                Bool,
+                "true",
+                "set the node's condition NetworkUnavailable to False once the network works",
+            ),
+        ],
+    ),
+    (
         "Which interface and addresses",
         &[
             flag(
@@ -203,13 +239,7 @@ pub(super) const OTHERS: &[Flag] = &[
     ignored("alsologtostderr", Bool),
     ignored("stderrthreshold", Text),
     ignored("log_dir", Text),
-    later("kube-subnet-mgr", Bool),
-    later("kube-api-url", Text),
-    later("kubeconfig-file", Text),
-    later("kube-annotation-prefix", Text),
-    later("net-config-path", Text),
-    later("set-node-network-unavailable", Bool),
-    later("use-multi-cluster-cidr", Bool),
+    ignored("use-multi-cluster-cidr", Bool),
     later("listen", Text),
     later("remote", Text),
     later("remote-keyfile", Text),

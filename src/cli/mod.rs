@@ -38,7 +38,7 @@ pub fn parse(
     if options.bool("version") {
         return Ok(Command::Print(format!("{}\n", env!("CARGO_PKG_VERSION"))));
     }
-    let settings = Box::new(Settings::new(&options)?);
+    let settings = Box::new(Settings::new(&options, variable)?);
     Ok(if options.bool("cleanup") { Command::CleanUp(settings) } else { Command::Run(settings) })
 }
 

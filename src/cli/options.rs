@@ -286,14 +286,14 @@ mod tests {
             (&["-ip-masq=maybe"], "-ip-masq: \"maybe\" is neither true nor false"),
             (&["-v=x"], "-v: \"x\" is not an integer"),
             (&["-etcd-prefix"], "-etcd-prefix needs a value"),
-            (&["-kube-subnet-mgr"], "-kube-subnet-mgr is not supported by this version"),
+            (&["-watch-networks"], "-watch-networks is not supported by this version"),
             (&["--listen=:8888"], "-listen is not supported by this version"),
         ] {
             let error = read(args, &[]).unwrap_err();
             assert!(error.contains(says), "{args:?}: {error}");
             assert!(!error.contains('\n'));
         }
-        assert!(read(&["-kube-subnet-mgr=false", "-logtostderr"], &[]).is_ok());
+        assert!(read(&["-watch-networks=false", "-logtostderr"], &[]).is_ok());
     }
 
     #[test]
@@ -304,7 +304,7 @@ mod tests {
             ("FLANNELD_IFACE", "eth0,eth1"),
             ("FLANNELD_SUBNET_FILE", ""),
             ("FLANNELD_HEALTHZ_PORT", "many"),
-            ("FLANNELD_KUBE_SUBNET_MGR", "true"),
+            ("FLANNELD_WATCH_NETWORKS", "true"),
             ("FLANNELD_VERSION", "true"),
         ];
         let options = read(&["-etcd-prefix=/typed"], &env).unwrap();
@@ -320,6 +320,6 @@ mod tests {
                 .iter()
                 .any(|note| note.contains("FLANNELD_HEALTHZ_PORT") && note.contains("many"))
         );
-        assert!(options.notes.iter().any(|note| note.contains("FLANNELD_KUBE_SUBNET_MGR")));
+        assert!(options.notes.iter().any(|note| note.contains("FLANNELD_WATCH_NETWORKS")));
     }
 }

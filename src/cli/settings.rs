@@ -8,6 +8,8 @@ use super::flags::{GROUPS, Kind};
 use super::options::Options;
 use crate::firewall;
 use crate::firewall::choose::Mode;
+use crate::store::kube::Who;
+use crate::store::kube::annotations::Prefix;
 
 /// Which of etcd's two key spaces holds the leases.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -44,6 +46,34 @@ impl std::fmt::Debug for Etcd {
     }
 }
 
+/// How to reach a Kubernetes API server, and what to find there.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Kube {
+    /// URLs that go before others, a scheme not needed; mostly none.
+    pub api_urls: Vec<String>,
+    /// A kubeconfig.
+    pub kubeconfig: Option<PathBuf>,
+    /// Prefix of annotations.
+    pub prefix: Prefix,
+    /// The file with the network config.
+    pub config: PathBuf,
+    /// Set the node's condition once the network works.
+    pub set_condition: bool,
+    /// Which node this is: `NODE_NAME`, or else `POD_NAMESPACE` and `POD_NAME`.
+    pub who: Option<Who>,
+    /// The API server's URL as pods are told it: `KUBERNETES_SERVICE_HOST` and `KUBERNETES_SERVICE_PORT`.
+    pub service: Option<String>,
+}
+
+/// Where leases are kept.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Store {
+    /// In etcd.
+    Etcd(Etcd),
+    /// With the nodes of a Kubernetes cluster.
+    Kube(Kube),
+}
+
 /// Which interface and addresses the operator wants.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Interface {
@@ -63,7 +93,7 @@ pub struct Interface {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Settings {
     /// The store.
-    pub etcd: Etcd,
+    pub store: Store,
     /// How long before its end the lease is renewed.
     pub renew_margin: Duration,
     /// Interface choice.
@@ -96,10 +126,17 @@ pub struct Notes {
 impl Settings {
     /// # Errors
     /// One line: which flag, what is wrong, what would be right.
-    pub(super) fn new(options: &Options) -> Result<Self, String> {
+    pub(super) fn new(
+        options: &Options,
+        variable: &dyn Fn(&str) -> Option<String>,
+    ) -> Result<Self, String> {
         let mut warnings = options.notes.clone();
         let settings = Self {
-            etcd: etcd(options, &mut warnings)?,
+            store: if options.bool("kube-subnet-mgr") {
+                Store::Kube(kube(options, variable)?)
+            } else {
+                Store::Etcd(etcd(options, &mut warnings)?)
+            },
             renew_margin: renew_margin(options)?,
             interface: Interface {
                 names: options.list("iface"),
@@ -145,13 +182,52 @@ fn firewall(options: &Options) -> Result<firewall::Options, String> {
     })
 }
 
+fn urls(options: &Options, name: &str) -> Vec<String> {
+    let parts = options.text(name).split(',').map(|url| url.trim().to_owned());
+    parts.filter(|url| !url.is_empty()).collect()
+}
+
+fn kube(options: &Options, variable: &dyn Fn(&str) -> Option<String>) -> Result<Kube, String> {
+    let set = |name: &str| variable(name).filter(|value| !value.is_empty());
+    // they become parts of paths
+    let name = |variable: &str| match set(variable) {
+        None => Ok(None),
+        Some(name) => {
+            let fits =
+                |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'-' | b'.');
+            let fits = name.len() <= 253 && name.bytes().all(fits) && !name.starts_with('.');
+            if fits {
+                Ok(Some(name))
+            } else {
+                Err(format!("{variable} is {name:?}, which is no name in Kubernetes"))
+            }
+        }
+    };
+    let who = match (name("NODE_NAME")?, name("POD_NAMESPACE")?, name("POD_NAME")?) {
+        (Some(node), ..) => Some(Who::Node(node)),
+        (None, Some(namespace), Some(name)) => Some(Who::Pod { namespace, name }),
+        (None, ..) => None,
+    };
+    let service = set("KUBERNETES_SERVICE_HOST").map(|host| {
+        let host = if host.contains(':') { format!("[{host}]") } else { host };
+        let port = set("KUBERNETES_SERVICE_PORT").unwrap_or_else(|| "443".into());
+        format!("https://{host}:{port}")
+    });
+    let prefix = Prefix::parse(options.text("kube-annotation-prefix"))
+        .map_err(|wrong| format!("-kube-annotation-prefix is {wrong}"))?;
+    Ok(Kube {
+        api_urls: urls(options, "kube-api-url"),
+        kubeconfig: path(options, "kubeconfig-file"),
+        prefix,
+        config: path(options, "net-config-path").ok_or("-net-config-path is empty: name a file")?,
+        set_condition: options.bool("set-node-network-unavailable"),
+        who,
+        service,
+    })
+}
+
 fn etcd(options: &Options, warnings: &mut Vec<String>) -> Result<Etcd, String> {
-    let endpoints: Vec<String> = options
-        .text("etcd-endpoints")
-        .split(',')
-        .map(|url| url.trim().to_owned())
-        .filter(|url| !url.is_empty())
-        .collect();
+    let endpoints = urls(options, "etcd-endpoints");
     if endpoints.is_empty() {
         return Err(
             "-etcd-endpoints is empty: give at least one URL, such as http://127.0.0.1:2379".into(),
@@ -272,18 +348,61 @@ mod tests {
 
     fn settings(args: &[&str]) -> Result<Settings, String> {
         let args: Vec<String> = args.iter().map(ToString::to_string).collect();
-        Settings::new(&Options::read(&args, &|_| None)?)
+        with(&args, &|_| None)
+    }
+
+    fn with(
+        args: &[String],
+        variable: &dyn Fn(&str) -> Option<String>,
+    ) -> Result<Settings, String> {
+        Settings::new(&Options::read(args, variable)?, variable)
+    }
+
+    fn etcd(settings: Settings) -> Etcd {
+        match settings.store {
+            Store::Etcd(etcd) => etcd,
+            Store::Kube(_) => panic!(),
+        }
+    }
+
+    fn kube(variables: &[(&str, &str)]) -> Result<Kube, String> {
+        let variable = |name: &str| {
+            variables.iter().find(|(known, _)| *known == name).map(|(_, value)| value.to_string())
+        };
+        match with(&["-kube-subnet-mgr".into()], &variable)?.store {
+            Store::Kube(kube) => Ok(kube),
+            Store::Etcd(_) => panic!(),
+        }
+    }
+
+    #[test]
+    fn which_node() {
+        let pod = [("POD_NAME", "p"), ("POD_NAMESPACE", "ns")];
+        let found = Some(Who::Pod { namespace: "ns".into(), name: "p".into() });
+        assert_eq!(kube(&pod).unwrap().who, found);
+        let node = [("NODE_NAME", "n1.example"), pod[0], pod[1]];
+        assert_eq!(kube(&node).unwrap().who, Some(Who::Node("n1.example".into())));
+        assert_eq!(kube(&pod[..1]).unwrap().who, None);
+        assert!(
+            kube(&[("NODE_NAME", "../pods")]).unwrap_err().contains("NODE_NAME is \"../pods\"")
+        );
+        let service = [("KUBERNETES_SERVICE_HOST", "fd00::1"), ("KUBERNETES_SERVICE_PORT", "6443")];
+        assert_eq!(kube(&service).unwrap().service.as_deref(), Some("https://[fd00::1]:6443"));
+        let usual = kube(&[]).unwrap();
+        assert!(usual.set_condition && usual.service.is_none());
+        assert_eq!(usual.config, std::path::Path::new("/etc/kube-flannel/net-conf.json"));
     }
 
     #[test]
     fn defaults() {
         let settings = settings(&[]).unwrap();
-        assert_eq!(settings.etcd.endpoints, ["http://127.0.0.1:4001", "http://127.0.0.1:2379"]);
-        assert_eq!(settings.etcd.prefix, "/coreos.com/network");
-        assert_eq!(settings.etcd.api, EtcdApi::Auto);
         assert_eq!(settings.renew_margin, Duration::from_secs(3600));
         assert_eq!(settings.health, None);
         assert_eq!(settings.notes.warnings, Vec::<String>::new());
+        let etcd = etcd(settings);
+        assert_eq!(etcd.endpoints, ["http://127.0.0.1:4001", "http://127.0.0.1:2379"]);
+        assert_eq!(etcd.prefix, "/coreos.com/network");
+        assert_eq!(etcd.api, EtcdApi::Auto);
     }
 
     #[test]
@@ -296,10 +415,12 @@ mod tests {
             "-public-ip=1.2.3.4",
         ])
         .unwrap();
-        assert_eq!(settings.etcd.endpoints, ["https://a:2379", "https://b:2379/"]);
-        assert_eq!(settings.etcd.prefix, "/flannel/net");
+
         assert_eq!(settings.health, "[::1]:8081".parse().ok());
         assert_eq!(settings.interface.public_ip, Some(Ipv4Addr::new(1, 2, 3, 4)));
+        let etcd = etcd(settings);
+        assert_eq!(etcd.endpoints, ["https://a:2379", "https://b:2379/"]);
+        assert_eq!(etcd.prefix, "/flannel/net");
     }
 
     #[test]
@@ -318,6 +439,8 @@ mod tests {
             (&["-healthz-port=1", "-healthz-ip=all"], "an IP address"),
             (&["-subnet-file="], "name a file"),
             (&["-firewall=ufw"], "iptables-nft"),
+            (&["-kube-subnet-mgr", "-kube-annotation-prefix=org"], "\"org\" must be a domain"),
+            (&["-kube-subnet-mgr", "-net-config-path="], "name a file"),
         ] {
             let error = settings(args).unwrap_err();
             assert!(error.contains(says), "{args:?}: {error}");

@@ -1,6 +1,6 @@
 //! The HTTP client of one store: two lanes, each with one exchange at most and one connection that is kept between them.
 //!
-//! The loop calls [`Client::ready`] for events of tokens that [`Client::owns`], [`Client::handle_resolved`] when the waker
+//! The loop calls [`Client::ready`] for events of tokens that [`Client::owns`], [`Client::handle_waker`] when the waker
 //! fired, and [`Client::handle_timeout`] when [`Client::poll_timeout`] has passed. Everything that happens to an exchange
 //! comes out through the `sink` of these calls; [`Client::start`] and [`Client::cancel`] never call back.
 
@@ -12,14 +12,17 @@ use std::time::{Duration, Instant};
 use mio::{Registry, Token, Waker};
 
 use super::conn::{Conn, Turn};
+use super::credentials::{Fields, Keeper};
 use super::endpoint::{Endpoint, Host};
 use super::resolve::Resolver;
-use super::tls::{Tls, TlsSettings, Transport};
-use super::{HttpEvent, Request};
+use super::tls::{Tls, Transport};
+use super::{Access, HttpEvent, Request};
 use crate::store::Lane;
 
 /// How long a name may take to be resolved: glibc gives each name server five seconds.
 const RESOLVE: Duration = Duration::from_secs(30);
+/// How long a credential plugin may take.
+const PLUGIN: Duration = Duration::from_secs(65);
 /// How long one address may take to connect while there are others to try.
 const CONNECT: Duration = Duration::from_secs(3);
 /// How long connecting may take at all when the request has no deadline of its own.
@@ -33,6 +36,7 @@ pub type Sink<'a> = &'a mut dyn FnMut(Lane, HttpEvent<'_>);
 pub struct Client {
     endpoints: Vec<Endpoint>,
     tls: Option<Tls>,
+    keeper: Keeper,
     resolver: Resolver,
     /// Tokens from here up are ours: one for each connection ever opened.
     first_token: usize,
@@ -63,6 +67,11 @@ enum State {
         reason: String,
         since: Instant,
     },
+    /// A credential plugin is running.
+    Waiting {
+        request: Request,
+        until: Instant,
+    },
     /// The request's own limits begin when its name is known: a resolver may take longer than they allow.
     Resolving {
         request: Request,
@@ -84,6 +93,8 @@ struct Busy {
     connect_by: Option<Instant>,
     /// The budget ran out in the last turn.
     more_since: Option<Instant>,
+    /// The server does not know us: the next request goes over a connection of its own, with the certificate that we have then.
+    refused: bool,
 }
 
 /// When to give up.
@@ -120,21 +131,35 @@ impl Client {
     ///
     /// # Errors
     /// The text says what is wrong with an endpoint or a file.
-    pub fn new(
-        urls: &[String],
-        tls: &TlsSettings,
-        waker: Arc<Waker>,
-        first_token: usize,
-    ) -> Result<Self, String> {
-        let parsed: Result<Vec<Endpoint>, _> = urls.iter().map(|url| url.parse()).collect();
+    pub fn new(access: Access, waker: Arc<Waker>, first_token: usize) -> Result<Self, String> {
+        let Access { endpoints, tls, credentials } = access;
+        let parsed: Result<Vec<Endpoint>, _> = endpoints.iter().map(|url| url.parse()).collect();
         let endpoints = parsed.map_err(|error| error.to_string())?;
         let tls = endpoints.iter().any(Endpoint::is_tls).then(|| Tls::load(tls)).transpose()?;
+        let keeper = Keeper::new(credentials, Arc::clone(&waker));
         let resolver = Resolver::new(waker);
-        Ok(Self { endpoints, tls, resolver, first_token, opened: 0, lanes: Default::default() })
+        let lanes = Default::default();
+        Ok(Self { endpoints, tls, keeper, resolver, first_token, opened: 0, lanes })
     }
 
     /// Starts an exchange on a free lane.
-    pub fn start(&mut self, lane: Lane, request: Request, registry: &Registry, now: Instant) {
+    pub fn start(&mut self, lane: Lane, mut request: Request, registry: &Registry, now: Instant) {
+        match self.keeper.fields(now) {
+            Ok(Fields::Ready(fields)) => request.headers.extend(fields),
+            Ok(Fields::Later) => {
+                self.cancel(lane, registry);
+                self.lanes[index(lane)].state = State::Waiting { request, until: now + PLUGIN };
+                return;
+            }
+            Err(reason) => {
+                self.cancel(lane, registry);
+                self.lanes[index(lane)].state = State::Failed { reason, since: now };
+                return;
+            }
+        }
+        if self.tls.as_mut().is_some_and(Tls::refresh) {
+            self.drop_kept(registry);
+        }
         let limits = Limits::new(&request, now);
         let Some(request) = self.reuse(lane, request, limits, registry, now) else { return };
         let slot = &mut self.lanes[index(lane)];
@@ -183,6 +208,7 @@ impl Client {
                         connect_by: None,
                         // its socket is writable and says so no more: the first turn comes by itself
                         more_since: Some(now),
+                        refused: false,
                     })),
                     Err(reason) => State::Failed { reason, since: now },
                 };
@@ -198,8 +224,10 @@ impl Client {
 
     /// Drops the exchange on this lane, and its connection.
     pub fn cancel(&mut self, lane: Lane, registry: &Registry) {
-        if let State::Busy(mut busy) = std::mem::take(&mut self.lanes[index(lane)].state) {
-            busy.conn.close(registry);
+        match std::mem::take(&mut self.lanes[index(lane)].state) {
+            State::Busy(mut busy) => busy.conn.close(registry),
+            State::Kept { mut conn, .. } => conn.close(registry),
+            _ => {}
         }
     }
 
@@ -217,8 +245,39 @@ impl Client {
         }
     }
 
-    /// The waker has fired: names may have been resolved.
-    pub fn handle_resolved(&mut self, registry: &Registry, now: Instant) {
+    /// Connections that were opened as somebody else are of no more use.
+    fn drop_kept(&mut self, registry: &Registry) {
+        for slot in &mut self.lanes {
+            if let State::Kept { conn, .. } = &mut slot.state {
+                conn.close(registry);
+                slot.state = State::Free;
+            }
+        }
+    }
+
+    /// The waker has fired: names may have been resolved, a credential plugin may have ended.
+    pub fn handle_waker(&mut self, registry: &Registry, now: Instant) {
+        self.handle_resolved(registry, now);
+        let (answered, identity) = self.keeper.handle_answer(now);
+        let set = self.tls.as_mut().zip(identity).map(|(tls, identity)| tls.set_identity(identity));
+        if set.is_some() {
+            self.drop_kept(registry);
+        }
+        for lane in [Lane::Unary, Lane::Watch] {
+            let state = &mut self.lanes[index(lane)].state;
+            match (std::mem::take(state), &set) {
+                (State::Waiting { .. }, Some(Err(reason))) => {
+                    *state = State::Failed { reason: reason.clone(), since: now };
+                }
+                (State::Waiting { request, .. }, _) if answered => {
+                    self.start(lane, request, registry, now);
+                }
+                (other, _) => *state = other,
+            }
+        }
+    }
+
+    fn handle_resolved(&mut self, registry: &Registry, now: Instant) {
         while let Some(answer) = self.resolver.next() {
             for lane in [Lane::Unary, Lane::Watch] {
                 let state = &mut self.lanes[index(lane)].state;
@@ -250,7 +309,7 @@ impl Client {
         let due = |slot: &Slot| match &slot.state {
             State::Free | State::Kept { .. } => None,
             State::Failed { since, .. } => Some(*since),
-            State::Resolving { until, .. } => Some(*until),
+            State::Resolving { until, .. } | State::Waiting { until, .. } => Some(*until),
             State::Busy(busy) => {
                 busy.limits.next().into_iter().chain(busy.connect_by).chain(busy.more_since).min()
             }
@@ -267,6 +326,17 @@ impl Client {
                 State::Failed { reason, .. } => {
                     let reason = std::mem::take(reason);
                     self.fail(lane, None, &reason, registry, sink);
+                }
+                State::Waiting { until, .. } => {
+                    if *until <= now {
+                        self.fail(
+                            lane,
+                            None,
+                            "the credential plugin took too long",
+                            registry,
+                            sink,
+                        );
+                    }
                 }
                 State::Resolving { until, request, .. } => {
                     if *until <= now {
@@ -327,6 +397,7 @@ impl Client {
                         others: addresses,
                         connect_by,
                         more_since: None,
+                        refused: false,
                     };
                     self.lanes[index(lane)] = Slot { state: State::Busy(Box::new(busy)), number };
                     return;
@@ -373,7 +444,15 @@ impl Client {
             _ => return,
         };
         busy.more_since = None;
-        let turn = busy.conn.turn(&mut |event| sink(lane, event));
+        let mut refused = false;
+        let turn = busy.conn.turn(&mut |event| {
+            refused |= matches!(event, HttpEvent::Head { status: 401, .. });
+            sink(lane, event);
+        });
+        if refused {
+            self.keeper.refused();
+            busy.refused = true;
+        }
         if busy.conn.is_connected() {
             busy.connect_by = None;
         }
@@ -385,7 +464,7 @@ impl Client {
             Ok(Turn::More) => busy.more_since = Some(now),
             Ok(Turn::Done { reusable }) => {
                 if let State::Busy(mut busy) = std::mem::take(&mut slot.state) {
-                    if reusable {
+                    if reusable && !busy.refused {
                         slot.state =
                             State::Kept { endpoint: busy.request.endpoint, conn: busy.conn };
                     } else {

@@ -73,7 +73,7 @@ impl FromStr for Endpoint {
         if authority.contains('@') {
             // the text must not show a password
             return Err(BadEndpoint(
-                "an endpoint must not hold a user name: use -etcd-username".into(),
+                "an endpoint must not hold a user name: there are settings for that".into(),
             ));
         }
         if path.contains(['?', '#']) || !path.bytes().all(|b| b.is_ascii_graphic()) {

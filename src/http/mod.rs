@@ -1,15 +1,17 @@
 //! Non-blocking HTTP/1.1: what is asked for and what comes back. The types here are all that stores see of HTTP.
 
+mod access;
 pub mod client;
 mod conn;
+mod credentials;
 pub mod elements;
 mod endpoint;
 mod exchange;
 mod resolve;
 mod tls;
 
+pub use self::access::{Access, Called, Credentials, Pem, Plugin, Source, TlsSettings};
 pub use self::endpoint::{BadEndpoint, Endpoint};
-pub use self::tls::TlsSettings;
 
 use std::fmt;
 use std::time::Duration;

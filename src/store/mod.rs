@@ -1,7 +1,11 @@
 //! Where leases live. A store is a plain value: it decides which HTTP exchanges it wants, is told how they went, and
 //! yields [`StoreEvent`]s. It owns no socket and no clock.
 
+mod complaints;
 pub mod etcd;
+pub mod kube;
+mod trouble;
+mod turn;
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::time::{Instant, SystemTime};
@@ -37,6 +41,8 @@ pub struct Identity {
     pub public_ipv6: Option<Ipv6Addr>,
     /// The subnets this host had in its last life (subnet.env or the saved view), if any.
     pub previous: Subnets,
+    /// How many peers it had then.
+    pub peers: usize,
 }
 
 /// The clock readings of one wake-up.
@@ -73,6 +79,15 @@ pub enum StoreEvent {
     Recovered,
 }
 
+/// Addresses that the store's operator has set for this host; they go before the flags.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct PublicAddresses {
+    /// Instead of `-public-ip`.
+    pub v4: Option<Ipv4Addr>,
+    /// Instead of `-public-ipv6`.
+    pub v6: Option<Ipv6Addr>,
+}
+
 /// The verbs that the agent uses on any store.
 pub trait Store: std::fmt::Debug {
     /// What tells this store's leases from those of another one, for the view saved on disk.
@@ -83,6 +98,16 @@ pub trait Store: std::fmt::Debug {
     fn identify(&mut self, identity: Identity, now: Now);
     /// Takes the lease, publishing `attrs`; then watches and renews by itself. Called again later, it publishes changed attributes.
     fn acquire(&mut self, attrs: LeaseAttrs, now: Now);
+    /// What the store's operator has set for this host; known with the network config.
+    fn public_addresses(&self) -> PublicAddresses {
+        PublicAddresses::default()
+    }
+    /// The network works on this host. Said once.
+    fn set_ready(&mut self) {}
+    /// `name value` lines for operators: what the store knows and nobody else does.
+    fn status(&self, out: &mut String) {
+        let _ = out;
+    }
     /// The next thing to do for the store, until `None`.
     fn poll_request(&mut self, now: Now) -> Option<StoreRequest>;
     /// The next thing that the store has to say, until `None`.

@@ -375,11 +375,17 @@ impl Host {
     }
 
     pub fn start_from(&self, program: &Path, args: &[&str]) -> Agent {
-        let log = File::options().create(true).append(true).open(self.dir.join("log")).unwrap();
         let mut command = self.command(program);
         command.arg(format!("-subnet-file={}", self.subnet_file().display()));
         command.arg(format!("-data-dir={}", self.dir.join("data").display()));
-        command.args(args).stderr(log).stdout(Stdio::null());
+        command.args(args);
+        self.start_command(command)
+    }
+
+    /// Starts an agent by this command, which is whole.
+    pub fn start_command(&self, mut command: Command) -> Agent {
+        let log = File::options().create(true).append(true).open(self.dir.join("log")).unwrap();
+        command.stderr(log).stdout(Stdio::null());
         Agent {
             process: Process::start("flanneld", &mut command),
             host: self.clone(),
@@ -604,6 +610,18 @@ impl Etcd {
         if wiped {
             fs::remove_dir_all(&self.dir).unwrap();
         }
+        self.process = Self::spawn(&self.ns, &self.dir, &self.extra, self.scheme);
+        self.wait_up();
+    }
+
+    /// Goes on from a snapshot that `etcdctl snapshot save` has made.
+    pub fn restore(&mut self, snapshot: &Path) {
+        self.kill();
+        fs::remove_dir_all(&self.dir).unwrap();
+        let mut command = Command::new("etcdctl");
+        command.args(["snapshot", "restore"]).arg(snapshot).arg("--data-dir").arg(&self.dir);
+        let output = command.env("ETCDCTL_API", "3").output().unwrap();
+        finish("etcdctl snapshot restore", &output).unwrap_or_else(|error| panic!("{error}"));
         self.process = Self::spawn(&self.ns, &self.dir, &self.extra, self.scheme);
         self.wait_up();
     }

@@ -128,14 +128,3 @@ pub(super) trait Dialect: std::fmt::Debug {
     /// The answer has ended. Returns whether that is how this language's watches go on, with the next call.
     fn watch_done(&mut self, out: &mut dyn FnMut(Notice)) -> bool;
 }
-
-/// Cuts text of others to what a log line can bear.
-pub(super) fn shorten(text: &str) -> String {
-    const SHOWN: usize = 200;
-    let mut short: String =
-        text.trim().chars().take(SHOWN).map(|c| if c.is_control() { ' ' } else { c }).collect();
-    if text.trim().chars().count() > SHOWN {
-        short.push('…');
-    }
-    short
-}

@@ -1,16 +1,10 @@
 //! Lists of leases: what each row is, and what a complete list means.
 
-use log::{debug, warn};
-
 use super::Etcd;
-use super::dialect::{self, Row};
+use super::dialect::Row;
 use crate::lease::{Lease, LeaseAttrs, Subnets, key, value};
+use crate::store::trouble::shorten;
 use crate::store::{Now, StoreEvent};
-
-/// So many bad keys are remembered, so that each is spoken of once.
-const BAD_KEYS: usize = 1000;
-/// So many of them are spoken of at all.
-const BAD_KEYS_SAID: usize = 10;
 
 /// The last list, until it has been passed on.
 #[derive(Debug, Default)]
@@ -63,18 +57,9 @@ impl Etcd {
     }
 
     pub(super) fn bad_key(&mut self, key: String, reason: String) {
-        let shown = dialect::shorten(&key);
-        if self.bad_keys.get(&key) == Some(&reason) {
-            return;
-        }
-        if self.bad_keys.len() < BAD_KEYS_SAID {
-            warn!("the lease {}/subnets/{shown} is ignored: {reason}", self.prefix);
-        } else {
-            debug!("the lease {shown} is ignored: {reason}");
-        }
-        if self.bad_keys.len() < BAD_KEYS {
-            self.bad_keys.insert(key, reason);
-        }
+        let shown = shorten(&key);
+        let text = format!("the lease {}/subnets/{shown} is ignored: {reason}", self.prefix);
+        self.bad_keys.note(&key, &reason, &text);
     }
 
     /// Does this lease carry our address?

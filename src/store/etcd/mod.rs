@@ -16,14 +16,13 @@
 mod dialect;
 mod listing;
 mod own;
-mod trouble;
 mod v2;
 mod v3;
 
 #[cfg(test)]
 mod tests;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use log::{debug, info};
@@ -31,11 +30,14 @@ use log::{debug, info};
 use self::dialect::{Answer, Call, Dialect, Notice, Op, Refusal, Row, Step};
 use self::listing::Listing;
 use self::own::Own;
-use self::trouble::Trouble;
+
 use self::v2::V2;
 use self::v3::V3;
+use super::complaints::Complaints;
+use super::trouble::Trouble;
+use super::turn::Turn;
 use super::{Identity, Lane, Now, Store, StoreEvent, StoreRequest};
-use crate::backoff::Backoff;
+
 use crate::cli::settings::{self, EtcdApi};
 use crate::config::NetworkConfig;
 use crate::http::{HttpEvent, Request};
@@ -70,24 +72,6 @@ enum Task {
     Check,
     /// Give up a lease that an older one overlaps.
     Yield,
-}
-
-/// One lane's turn.
-#[derive(Debug)]
-struct Turn {
-    busy: bool,
-    not_before: Option<Instant>,
-    backoff: Backoff,
-}
-
-impl Turn {
-    fn new(seed: u64) -> Self {
-        Self { busy: false, not_before: None, backoff: Backoff::new(RETRY_FIRST, RETRY_CAP, seed) }
-    }
-
-    fn may_start(&self, now: Instant) -> bool {
-        !self.busy && self.not_before.is_none_or(|at| at <= now)
-    }
 }
 
 /// The store.
@@ -137,7 +121,7 @@ pub struct Etcd {
     /// Failures since the last success; a full round of the endpoints is one.
     failures: usize,
     trouble: Trouble,
-    bad_keys: BTreeMap<String, String>,
+    bad_keys: Complaints,
     events: VecDeque<StoreEvent>,
 }
 
@@ -176,17 +160,17 @@ impl Etcd {
             relist: false,
             yielding: false,
             task: None,
-            unary: Turn::new(random),
+            unary: Turn::new(RETRY_FIRST, RETRY_CAP, random),
             call: None,
             cursor: None,
-            watch: Turn::new(random ^ 0x5555),
+            watch: Turn::new(RETRY_FIRST, RETRY_CAP, random ^ 0x5555),
             watch_open: false,
             watch_again: None,
             cancel_watch: false,
             endpoint: 0,
             failures: 0,
             trouble: Trouble::default(),
-            bad_keys: BTreeMap::new(),
+            bad_keys: Complaints::default(),
             events: VecDeque::new(),
         }
     }
@@ -371,7 +355,7 @@ impl Etcd {
                 if self.own.as_ref().is_some_and(|own| own.key == key) {
                     self.check_own = self.check_own.max(Some(revision));
                 } else if let Some(subnets) = key::parse(&key) {
-                    self.bad_keys.remove(&key);
+                    self.bad_keys.forget(&key);
                     self.events.push_back(StoreEvent::Event(LeaseEvent::Removed(subnets)));
                 }
             }
@@ -399,7 +383,7 @@ impl Etcd {
         }
         match self.lease(&row) {
             Ok(lease) => {
-                self.bad_keys.remove(&row.key);
+                self.bad_keys.forget(&row.key);
                 self.events.push_back(StoreEvent::Event(LeaseEvent::Put(lease)));
             }
             Err(reason) => {
@@ -564,9 +548,8 @@ impl Store for Etcd {
             self.watch.busy = false;
             return Some(StoreRequest::Cancel(Lane::Watch));
         }
-        for turn in [&mut self.unary, &mut self.watch] {
-            turn.not_before = turn.not_before.filter(|at| *at > now.mono);
-        }
+        self.unary.refresh(now.mono);
+        self.watch.refresh(now.mono);
         if let Some(own) = &mut self.own {
             own.hold_until = own.hold_until.filter(|at| *at > now.mono);
         }

@@ -9,10 +9,10 @@ use serde::Deserialize;
 
 use super::dialect::{
     Answer, Call, Dialect, LONGEST_ANSWER, LONGEST_ROW, Notice, Op, Refusal, Row, Step, TTL,
-    shorten,
 };
 use crate::http::elements::{Elements, Item};
 use crate::http::{HeaderList, Method};
+use crate::store::trouble::shorten;
 
 /// Error codes of the keys API.
 mod code {

@@ -10,10 +10,10 @@ use serde_json::{Value, json};
 
 use super::dialect::{
     Answer, Call, Dialect, LONGEST_ANSWER, LONGEST_ROW, Notice, Op, Refusal, Row, Step, TTL,
-    shorten,
 };
 use crate::http::elements::{Elements, Item};
 use crate::http::{HeaderList, Method};
+use crate::store::trouble::shorten;
 
 /// Leases of one page of a list.
 const PAGE: u64 = 1000;

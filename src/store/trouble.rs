@@ -17,8 +17,24 @@ impl Trouble {
         news.then(|| reason.to_owned())
     }
 
+    /// Was anything told that is not over?
+    pub(super) fn is_on(&self) -> bool {
+        !self.told.is_empty()
+    }
+
     /// It is over. Returns whether there was any.
     pub(super) fn over(&mut self) -> bool {
         !std::mem::take(&mut self.told).is_empty()
     }
+}
+
+/// Cuts text of others to what a log line can bear.
+pub(super) fn shorten(text: &str) -> String {
+    const SHOWN: usize = 200;
+    let mut short: String =
+        text.trim().chars().take(SHOWN).map(|c| if c.is_control() { ' ' } else { c }).collect();
+    if text.trim().chars().count() > SHOWN {
+        short.push('…');
+    }
+    short
 }
