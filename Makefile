@@ -28,8 +28,8 @@ test-kubernetes: root deps ## the Kubernetes scenarios; builds a kube-apiserver 
 	tests/tools/helm.sh build
 	cargo test --locked --test kubernetes
 
-
 bench: root deps ## starts, costs at scale, throughput of the tunnel
+	tests/tools/kube-apiserver.sh build
 	cargo bench --locked
 
 lint: ## format, clippy and documentation, as CI checks them

@@ -7,7 +7,7 @@
 //!     |
 //!     +-- cli, config      what was typed; what the network's document says
 //!     +-- underlay         which interface and addresses carry the overlay
-//!     +-- store            where leases live (etcd v3, etcd v2): decides, asks for HTTP exchanges
+//!     +-- store            where leases live (etcd v3 and v2, Kubernetes): decides, asks for HTTP exchanges
 //!     +-- http             non-blocking HTTP/1.1 over mio, TLS included
 //!     +-- backend          which kernel objects a lease needs (vxlan, host-gw, udp, alloc)
 //!     +-- kernel           desired state against actual state, over netlink
@@ -43,6 +43,7 @@ pub mod notify;
 pub mod store;
 pub mod subnet_file;
 pub mod sys;
+mod throttle;
 pub mod underlay;
 pub mod view;
 pub mod wire;

@@ -11,7 +11,6 @@ use ipnet::IpNet;
 use log::{debug, info, warn};
 use mio::{Registry, Token};
 
-use super::throttle::{Throttle, throttled};
 use super::tunnel::Tunnel;
 use super::{Fatal, token};
 use crate::backend::{Backend, Direct, PeerPlan, Underlay};
@@ -20,6 +19,7 @@ use crate::kernel::{KernelEvent, Object, Owner, Port, Progress, Reconciler, Scop
 use crate::lease::table::{Change, LeaseTable};
 use crate::lease::{Lease, LeaseEvent, Subnets};
 use crate::sys::random;
+use crate::throttle::{Throttle, throttled};
 
 /// How far the first view of the peers has come.
 #[derive(Debug, PartialEq, Eq)]

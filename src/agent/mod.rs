@@ -10,7 +10,6 @@ mod dataplane;
 mod network;
 mod rules;
 mod saver;
-mod throttle;
 mod token;
 mod tunnel;
 
@@ -161,6 +160,7 @@ fn store(settings: &Settings, seed: u64) -> Result<(Box<dyn Store>, Access), Str
                 set_condition: kube.set_condition,
                 endpoints: found.access.endpoints.clone(),
                 credential: found.credential(),
+                cluster: found.cluster,
             };
             Ok((Box::new(Kube::new(setup, seed)), found.access))
         }

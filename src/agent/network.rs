@@ -28,7 +28,7 @@ use crate::config::NetworkConfig;
 use crate::http::client::Client;
 use crate::kernel::Inventory;
 use crate::lease::{Lease, LeaseAttrs, OwnLease, Subnets};
-use crate::store::{Identity, Now, Store, StoreEvent, StoreRequest};
+use crate::store::{Identity, Now, PublicAddresses, Store, StoreEvent, StoreRequest};
 use crate::subnet_file;
 use crate::sys::random;
 use crate::underlay::{self, Families};
@@ -55,6 +55,8 @@ pub(super) struct Network {
     saved: Option<View>,
     /// When the saved view takes over, if the store stays silent.
     offline_at: Option<Instant>,
+    /// When the saved peers are used, if the store has given us a lease and no peers.
+    fill_at: Option<Instant>,
     /// Config, interface and host, once the store's config is there and until the backend is made.
     joining: Option<(NetworkConfig, Underlay, Inventory)>,
     dataplane: Option<Dataplane>,
@@ -85,16 +87,24 @@ impl Network {
             warn!("the saved view is of no use: {reason}");
             None
         });
+        let past = saved.as_ref().map(|view| view.config.networks().collect()).unwrap_or_default();
+        let saved = saved.filter(|view| {
+            let fits = store.known_config().is_none_or(|config| *config == view.config);
+            if !fits {
+                info!("the network config has changed since the view was saved: it is not used");
+            }
+            fits
+        });
         let offline_at = saved.as_ref().map(|_| now.mono + PATIENCE);
         info!("leases are kept in {}", store.describe());
 
-        let past = saved.as_ref().map(|view| view.config.networks().collect()).unwrap_or_default();
         Self {
             settings,
             store,
             client,
             saved,
             offline_at,
+            fill_at: None,
             joining: None,
             dataplane: None,
             rules: None,
@@ -202,6 +212,10 @@ impl Network {
             self.offline_at = None;
             self.join_offline(registry, now)?;
         }
+        if self.fill_at.is_some_and(|at| at <= now.mono) {
+            self.fill_at = None;
+            self.fill(now);
+        }
         if self.file_retry_at.is_some_and(|at| at <= now.mono) {
             stirred = true;
             self.write_file(now);
@@ -233,6 +247,7 @@ impl Network {
             self.client.poll_timeout(),
             self.store.poll_timeout(),
             self.offline_at,
+            self.fill_at,
             self.file_retry_at,
             if self.saver.is_busy() { self.saver.poll_timeout() } else { self.save_at },
             self.dataplane.as_ref().and_then(|dataplane| dataplane.poll_timeout(now)),
@@ -281,6 +296,7 @@ impl Network {
             }
             StoreEvent::Snapshot(leases) => {
                 self.saved = None;
+                self.fill_at = None;
                 if let Some(dataplane) = &mut self.dataplane {
                     dataplane.handle_snapshot(leases, true, now.mono);
                 }
@@ -327,6 +343,18 @@ impl Network {
             dataplane.close(registry);
             self.own = None;
             self.file_written = false;
+        }
+        // an address that only the store knows of was not known when the saved view was used
+        if self.store.public_addresses() != PublicAddresses::default()
+            && let Some(dataplane) = self.dataplane.take()
+        {
+            let (underlay, _) = self.choose_underlay(&config)?;
+            if underlay == *dataplane.underlay() {
+                self.dataplane = Some(dataplane);
+            } else {
+                warn!("our addresses are others than when the view was saved: starting over");
+                dataplane.close(registry);
+            }
         }
         let underlay = match &self.dataplane {
             Some(dataplane) => dataplane.underlay().clone(),
@@ -406,7 +434,12 @@ impl Network {
             );
         }
         self.lost = None;
-        self.changed(now);
+        // nothing is saved before the store has told us of the peers: that would lose those that are saved
+        if self.saved.is_some() {
+            self.fill_at = Some(now.mono + PATIENCE);
+        } else {
+            self.changed(now);
+        }
         self.come_up(subnets, registry, now)
     }
 
@@ -477,6 +510,18 @@ impl Network {
             dataplane.handle_snapshot(peers, false, now.mono);
         }
         Ok(())
+    }
+
+    /// The store has given us a lease and tells nothing of the peers: those of an earlier life are better than none.
+    fn fill(&mut self, now: Now) {
+        let (Some(view), Some(dataplane)) = (&self.saved, &mut self.dataplane) else { return };
+        if dataplane.leases().next().is_none() && view.config == *dataplane.config() {
+            warn!(
+                "the store does not tell the peers: using the {} of an earlier life",
+                view.peers.len()
+            );
+            dataplane.handle_snapshot(view.peers.clone(), false, now.mono);
+        }
     }
 
     fn changed(&mut self, now: Now) {

@@ -12,7 +12,6 @@ use log::{debug, error, info, warn};
 use mio::{Registry, Token};
 
 use super::child::Running;
-use super::throttle::{Throttle, throttled};
 use super::{Fatal, token};
 use crate::config::NetworkConfig;
 use crate::family::Family;
@@ -24,6 +23,7 @@ use crate::firewall::site::Part;
 use crate::firewall::{Event, Firewall, Options, Port};
 use crate::lease::Subnets;
 use crate::sys::random;
+use crate::throttle::{Throttle, throttled};
 
 #[derive(Debug)]
 pub(super) struct Rules {

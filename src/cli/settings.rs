@@ -133,7 +133,7 @@ impl Settings {
         let mut warnings = options.notes.clone();
         let settings = Self {
             store: if options.bool("kube-subnet-mgr") {
-                Store::Kube(kube(options, variable)?)
+                Store::Kube(kube(options, variable, &mut warnings)?)
             } else {
                 Store::Etcd(etcd(options, &mut warnings)?)
             },
@@ -187,8 +187,17 @@ fn urls(options: &Options, name: &str) -> Vec<String> {
     parts.filter(|url| !url.is_empty()).collect()
 }
 
-fn kube(options: &Options, variable: &dyn Fn(&str) -> Option<String>) -> Result<Kube, String> {
+fn kube(
+    options: &Options,
+    variable: &dyn Fn(&str) -> Option<String>,
+    warnings: &mut Vec<String>,
+) -> Result<Kube, String> {
     let set = |name: &str| variable(name).filter(|value| !value.is_empty());
+    for proxy in ["HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy"] {
+        if set(proxy).is_some() {
+            warnings.push(format!("{proxy} has no effect: the API server is asked directly"));
+        }
+    }
     // they become parts of paths
     let name = |variable: &str| match set(variable) {
         None => Ok(None),

@@ -98,6 +98,10 @@ pub trait Store: std::fmt::Debug {
     fn identify(&mut self, identity: Identity, now: Now);
     /// Takes the lease, publishing `attrs`; then watches and renews by itself. Called again later, it publishes changed attributes.
     fn acquire(&mut self, attrs: LeaseAttrs, now: Now);
+    /// The network config, if it does not take the store's servers to know it.
+    fn known_config(&self) -> Option<&NetworkConfig> {
+        None
+    }
     /// What the store's operator has set for this host; known with the network config.
     fn public_addresses(&self) -> PublicAddresses {
         PublicAddresses::default()

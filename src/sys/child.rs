@@ -12,6 +12,10 @@ use std::time::{Duration, Instant};
 
 /// What is kept of a pipe's content, in bytes.
 const KEPT: usize = 1 << 20;
+/// How long a pipe is read after the program has ended: a child of its own may keep it open.
+const AFTER: Duration = Duration::from_millis(200);
+/// How often it is looked whether the program has ended.
+const LOOK: Duration = Duration::from_millis(20);
 
 /// How a program ended.
 #[derive(Debug)]
@@ -35,19 +39,27 @@ pub fn spawn(program: &Path, args: &[&str]) -> io::Result<Child> {
     start(command)
 }
 
-/// Runs a program to its end, without input; blocks. After `patience` it is ended.
+/// Runs a program to its end, without input; blocks. After `patience` it is ended, and all that it has started.
 ///
 /// # Errors
 /// It cannot be started.
 #[allow(clippy::disallowed_methods)] // for threads beside the loop
 pub fn run(mut command: Command, patience: Duration) -> io::Result<Finished> {
-    command.stdin(Stdio::null());
-    let deadline = Instant::now() + patience;
+    command.stdin(Stdio::null()).process_group(0);
+    let mut deadline = Instant::now() + patience;
     let mut child = start(command)?;
+    let mut status = None;
     let (mut output, mut complaint) = (Vec::new(), Vec::new());
     let (mut stdout, mut stderr) = (child.stdout.take(), child.stderr.take());
     while stdout.is_some() || stderr.is_some() {
-        let left = deadline.saturating_duration_since(Instant::now());
+        let now = Instant::now();
+        if status.is_none() {
+            status = child.try_wait()?;
+            if status.is_some() {
+                deadline = deadline.min(now + AFTER);
+            }
+        }
+        let left = deadline.saturating_duration_since(now).min(LOOK);
         if left.is_zero() {
             break;
         }
@@ -71,13 +83,16 @@ pub fn run(mut command: Command, patience: Duration) -> io::Result<Finished> {
         }
     }
     // it has closed its pipes, or its time is over
-    let mut status = child.try_wait()?;
     while status.is_none() && Instant::now() < deadline {
         std::thread::sleep(Duration::from_millis(1));
         status = child.try_wait()?;
     }
     if status.is_none() {
-        let _ = child.kill();
+        if let Ok(group) = i32::try_from(child.id()) {
+            // SAFETY: a system call without pointers. The group is the child's own, and the child was not waited for: the
+            // number is nobody else's.
+            unsafe { libc::kill(-group, libc::SIGKILL) };
+        }
         let _ = child.wait();
     }
     Ok(Finished { status: status.and_then(|status| status.code()), output, complaint })
@@ -134,9 +149,19 @@ mod tests {
 
     #[test]
     fn is_ended_when_it_takes_too_long() {
-        for script in ["exec sleep 100", "exec >&- 2>&-; exec sleep 100"] {
+        for script in ["exec sleep 100", "exec >&- 2>&-; exec sleep 100", "sleep 100; true"] {
             let finished = sh(script, Duration::from_millis(100));
             assert_eq!(finished.status, None, "{script}");
         }
+    }
+
+    /// A child of its own keeps the pipes: that is no reason to wait for that one.
+    #[test]
+    #[allow(clippy::disallowed_methods)]
+    fn its_children_are_not_waited_for() {
+        let start = Instant::now();
+        let finished = sh("echo out; sleep 5 &", Duration::from_secs(20));
+        assert_eq!((finished.status, &*finished.output), (Some(0), &b"out\n"[..]));
+        assert!(start.elapsed() < Duration::from_secs(3));
     }
 }

@@ -50,7 +50,8 @@ impl Cluster {
     /// A server with further arguments.
     pub fn with(extra: &[&str]) -> Self {
         let world = World::new();
-        let etcd = world.etcd(&[]);
+        // the benchmark has many nodes
+        let etcd = world.etcd(&["--quota-backend-bytes=8589934592"]);
         let dir = world.dir.join("api");
         fs::create_dir_all(&dir).unwrap();
         certificates::make(&dir, &[STORE, "10.96.0.1", "127.0.0.1", "fd77::1"]);

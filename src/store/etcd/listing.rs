@@ -19,7 +19,7 @@ pub(super) struct Listing {
 }
 
 impl Etcd {
-    pub(super) fn row(&mut self, row: Row) {
+    pub(super) fn row(&mut self, row: Row, now: Now) {
         // what is larger than the network is nobody's subnet and must not take everybody's
         if let Some(subnets) = key::claim(&row.key).filter(|subnets| self.is_part(subnets)) {
             self.reading.taken.push(subnets);
@@ -35,7 +35,7 @@ impl Etcd {
                 }
                 self.reading.leases.push(lease);
             }
-            Err(reason) => self.bad_key(row.key, reason),
+            Err(reason) => self.bad_key(row.key, reason, now),
         }
     }
 
@@ -56,10 +56,10 @@ impl Etcd {
         Ok(Lease { subnets, attrs: value::parse(&row.value)?, created: row.created })
     }
 
-    pub(super) fn bad_key(&mut self, key: String, reason: String) {
+    pub(super) fn bad_key(&mut self, key: String, reason: String, now: Now) {
         let shown = shorten(&key);
         let text = format!("the lease {}/subnets/{shown} is ignored: {reason}", self.prefix);
-        self.bad_keys.note(&key, &reason, &text);
+        self.bad_keys.note(&key, &reason, &text, now.mono);
     }
 
     /// Does this lease carry our address?

@@ -350,7 +350,7 @@ impl Etcd {
                 self.watch.backoff.succeeded();
                 self.worked();
             }
-            Notice::Put(row) => self.handle_put(row),
+            Notice::Put(row) => self.handle_put(row, now),
             Notice::Deleted { key, revision } => {
                 if self.own.as_ref().is_some_and(|own| own.key == key) {
                     self.check_own = self.check_own.max(Some(revision));
@@ -376,7 +376,7 @@ impl Etcd {
         }
     }
 
-    fn handle_put(&mut self, row: Row) {
+    fn handle_put(&mut self, row: Row, now: Now) {
         if self.own.as_ref().is_some_and(|own| own.key == row.key) {
             self.check_own = self.check_own.max(Some(row.revision));
             return;
@@ -391,7 +391,7 @@ impl Etcd {
                 if let Some(subnets) = key::parse(&row.key) {
                     self.events.push_back(StoreEvent::Event(LeaseEvent::Removed(subnets)));
                 }
-                self.bad_key(row.key, reason);
+                self.bad_key(row.key, reason, now);
             }
         }
     }
@@ -462,7 +462,7 @@ impl Etcd {
             HttpEvent::Body(bytes) => {
                 let mut rows = Vec::new();
                 self.dialect.body(bytes, &mut |row| rows.push(row));
-                rows.into_iter().for_each(|row| self.row(row));
+                rows.into_iter().for_each(|row| self.row(row, now));
             }
             HttpEvent::Done => match self.dialect.done() {
                 Step::Call(call) => self.call = Some(call),

@@ -1,16 +1,17 @@
 //! What a host publishes about itself as annotations of its node, byte for byte as Go nodes write it (control-plane spec 6.4
 //! to 6.7).
 
-use std::collections::BTreeMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
+use super::wire::Annotation;
 use crate::config::NetworkConfig;
 use crate::lease::{LeaseAttrs, Subnets, value};
 use crate::store::PublicAddresses;
+use crate::store::trouble::shorten;
 
 /// What stands for no data.
 const NO_DATA: &str = "null";
@@ -57,12 +58,13 @@ impl Prefix {
     }
 
     /// Picks our annotations from all that a node has.
-    pub(super) fn read(&self, annotations: &BTreeMap<String, String>) -> Published {
+    pub(super) fn read(&self, annotations: &[Annotation]) -> Published {
         let mut published = Published::default();
-        for (key, value) in annotations.range(self.0.clone()..) {
-            let Some(suffix) = key.strip_prefix(&*self.0) else { break };
-            if let Some(field) = published.field(suffix) {
-                *field = Some(value.as_str().into());
+        for Annotation { key, value } in annotations {
+            let suffix =
+                key.strip_prefix(self.0.as_bytes()).and_then(|suffix| str::from_utf8(suffix).ok());
+            if let Some(field) = suffix.and_then(|suffix| published.field(suffix)) {
+                *field = Some(String::from_utf8_lossy(value).into());
             }
         }
         published
@@ -170,14 +172,8 @@ impl Published {
     /// # Errors
     /// Nothing is left: the text says what is wrong.
     pub(super) fn attrs(&self, config: &NetworkConfig) -> Result<LeaseAttrs, String> {
-        let longest = self
-            .data
-            .iter()
-            .chain(&self.v6_data)
-            .chain(&self.backend_type)
-            .map(|text| text.len())
-            .max();
-        if longest.is_some_and(|longest| longest > value::LONGEST) {
+        let all = [&self.data, &self.v6_data, &self.backend_type, &self.ip, &self.ipv6];
+        if all.into_iter().flatten().any(|text| text.len() > value::LONGEST) {
             return Err(format!("an annotation is longer than {} bytes", value::LONGEST));
         }
         let data = |data: &Option<Box<str>>| {
@@ -207,9 +203,10 @@ impl Published {
 fn parse<A: FromStr>(text: &Option<Box<str>>, name: &str, what: &str) -> Result<Option<A>, String> {
     match text.as_deref() {
         None | Some("") => Ok(None),
-        Some(text) => {
-            text.parse().map(Some).map_err(|_| format!("{name} is {text:?}, which is not {what}"))
-        }
+        Some(text) => text
+            .parse()
+            .map(Some)
+            .map_err(|_| format!("{name} is {:?}, which is not {what}", shorten(text))),
     }
 }
 
@@ -252,12 +249,14 @@ mod tests {
     }
 
     fn read(annotations: &[(&str, &str)]) -> Published {
-        let of = |(key, value): &(&str, &str)| {
-            (format!("flannel.alpha.coreos.com/{key}"), value.to_string())
+        let of = |(key, value): &(&str, &str)| Annotation {
+            key: format!("flannel.alpha.coreos.com/{key}").into(),
+            value: (*value).into(),
         };
-        let mut all: BTreeMap<String, String> = annotations.iter().map(of).collect();
-        all.insert("a/b".into(), "other".into());
-        all.insert("flannel.alpha.coreos.com/prefix-public-ip".into(), "9.9.9.9".into());
+        let mut all: Vec<Annotation> = annotations.iter().map(of).collect();
+        let others =
+            [("a/b", &b"caf\xe9"[..]), ("flannel.alpha.coreos.com/prefix-public-ip", b"9.9.9.9")];
+        all.extend(others.map(|(key, value)| Annotation { key: key.into(), value: value.into() }));
         prefix().read(&all)
     }
 

@@ -4,8 +4,8 @@ use std::time::{Duration, Instant};
 
 use log::debug;
 
-use super::request::{Freshness, Refusal};
-use super::{Job, Kube, WAIT_CAP, WAIT_FIRST};
+use super::request::Refusal;
+use super::{Job, Kube, RETRY_FIRST, WAIT_CAP, WAIT_FIRST};
 use crate::backoff::Backoff;
 use crate::store::StoreEvent;
 use crate::store::trouble::Trouble;
@@ -55,42 +55,46 @@ impl Kube {
     pub(super) fn refused(&mut self, job: Job, refusal: &Refusal, now: Instant) {
         let text = self.explain(job, refusal);
         let Refusal { status, retry_after, .. } = refusal;
-        if job == Job::List && refusal.is_expired() {
-            // the cache cannot answer: etcd can
-            debug!("{text}");
-            if let Some(listing) = &mut self.listing {
-                let wait =
-                    if listing.freshness == Freshness::Now { WAIT_FIRST } else { Duration::ZERO };
-                listing.freshness = Freshness::Now;
-                self.waits.insert(job, now + wait);
+        if refusal.is_expired()
+            && match (job, &mut self.listing) {
+                // the cache cannot answer: etcd can
+                (Job::List, Some(listing)) => listing.go_fresh(),
+                // it was put back without a version
+                (Job::Fetch, _) => true,
+                _ => false,
             }
+        {
+            debug!("{text}");
+            self.waits.insert(job, now + RETRY_FIRST);
             return;
         }
         if job == Job::Publish && matches!(status, 404 | 409) {
             self.own.due = true;
         }
-        if matches!(status, 429 | 500..) {
-            // it is not this request that is wrong
-            let shortest = self.backoff_capped(false);
-            let wait = retry_after.map_or(shortest, |wait| wait.max(shortest));
-            self.unary.not_before = Some(now + wait);
-            if *status != 429 {
-                self.endpoint = (self.endpoint + 1) % self.endpoints.len().max(1);
+        match status {
+            // too much is asked of it, by us or by others
+            429 => {
+                let shortest = self.backoff_capped(false);
+                let wait = retry_after.map_or(shortest, |wait| wait.max(shortest));
+                self.unary.not_before = Some(now + wait);
             }
-            return self.tell(Job::Server, text);
+            // another server may do better
+            500.. => self.endpoint = (self.endpoint + 1) % self.endpoints.len().max(1),
+            // it answers, which is all that can be said for it
+            _ => {
+                self.failures = 0;
+                self.done(Job::Server);
+            }
         }
-        // the server answers, which is all that can be said for it
-        self.failures = 0;
-        self.done(Job::Server);
-        self.wait(job, text, now);
+        self.wait(job, text, retry_after.unwrap_or_default(), now);
     }
 
-    /// This job cannot be done now; others can.
-    pub(super) fn wait(&mut self, job: Job, reason: String, now: Instant) {
+    /// This job cannot be done now, nor for `at_least` so long; others can.
+    pub(super) fn wait(&mut self, job: Job, reason: String, at_least: Duration, now: Instant) {
         let seed = self.random();
         let backoff =
             self.backoffs.entry(job).or_insert_with(|| Backoff::new(WAIT_FIRST, WAIT_CAP, seed));
-        let wait = backoff.failed();
+        let wait = backoff.failed().max(at_least);
         self.waits.insert(job, now + wait);
         self.tell(job, reason);
     }

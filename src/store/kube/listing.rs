@@ -35,6 +35,8 @@ pub(super) struct Listing {
     pub(super) seen: Vec<Seen>,
     /// Of metadata.
     pub(super) names: BTreeSet<Box<str>>,
+    /// Our own node, if it was there.
+    own: Option<u64>,
     pub(super) changed: Vec<Box<str>>,
 }
 
@@ -47,8 +49,14 @@ impl Listing {
             next: String::new(),
             seen: Vec::new(),
             names: BTreeSet::new(),
+            own: None,
             changed: Vec::new(),
         }
+    }
+
+    /// From now on it comes from etcd. Returns whether that is new.
+    pub(super) fn go_fresh(&mut self) -> bool {
+        std::mem::replace(&mut self.freshness, Freshness::Now) != Freshness::Now
     }
 }
 
@@ -79,6 +87,7 @@ impl Kube {
         let wait = self.jitter(nodes);
         self.waits.insert(Job::List, now + wait);
     }
+
     /// An item of the list of nodes.
     pub(super) fn handle_listed(&mut self, bytes: &[u8]) -> Result<(), String> {
         let own = match &self.who {
@@ -86,43 +95,44 @@ impl Kube {
             Who::Pod { .. } => "",
         };
         let Some(listing) = &mut self.listing else { return Ok(()) };
-        if !listing.metadata_only {
+        let (name, print) = if listing.metadata_only {
+            let metadata = wire::decode::<Metadata>(bytes)?.metadata.unwrap_or_default();
+            let print = self.prefix.read(&metadata.annotations).print(&metadata.uid);
+            (metadata.name.into(), print)
+        } else {
             let seen = Seen::new(wire::decode(bytes)?, &self.prefix, &self.config);
-            if *seen.name != *own {
+            let (name, print) = (seen.name.clone(), seen.print);
+            if *name != *own {
                 listing.seen.push(seen);
             }
-            return Ok(());
-        }
-        let metadata = wire::decode::<Metadata>(bytes)?.metadata.unwrap_or_default();
-        let published = self.prefix.read(&metadata.annotations);
-        let print = published.print(&metadata.uid);
-        let name: Box<str> = metadata.name.into();
+            (name, print)
+        };
         if *name == *own {
-            self.own.due |= self.own.node.as_ref().is_none_or(|node| node.print != print);
-            return Ok(());
+            listing.own = Some(print);
+        } else if listing.metadata_only {
+            if !self.nodes.knows(&name, print) {
+                listing.changed.push(name.clone());
+            }
+            listing.names.insert(name);
         }
-        if !self.nodes.knows(&name, print) {
-            listing.changed.push(name.clone());
-        }
-        listing.names.insert(name);
         Ok(())
     }
 
     /// We have a lease: now the others matter.
     pub(super) fn begin_list(&mut self, now: Instant) {
         if self.own.lease.is_some() && !self.listed && self.listing.is_none() {
-            self.list_again(false, Freshness::Any, now);
+            self.list_again(false, Freshness::Known, now);
         }
     }
 
-    /// A store that was set back has forgotten what we know, and would say nothing until it has caught up.
-    pub(super) fn notice_setback(&mut self, version: &str, now: Instant) {
+    /// A store that was set back has forgotten what we knew when we asked, and would say nothing until it has caught up.
+    pub(super) fn notice_setback(&mut self, task: &Task, now: Instant) {
         let number = |text: &str| text.parse::<u64>().ok();
-        let cursor = self.cursor.as_deref().and_then(number);
-        if self.listing.is_none()
-            && cursor.zip(number(version)).is_some_and(|(cursor, now)| now < cursor)
-        {
+        let known = task.cursor.as_deref().and_then(number);
+        let is_back = known.zip(number(&task.version)).is_some_and(|(known, is)| is < known);
+        if is_back && self.listing.is_none() {
             info!("the API server's store was set back: listing again");
+            self.cursor = None;
             self.list_again(true, Freshness::Now, now);
         }
     }
@@ -135,12 +145,16 @@ impl Kube {
         }
         self.done(Job::List);
         self.cursor = Some(listing.version.clone());
+        // no watch has told what became of it since it was read
+        self.own.due |= listing.own != self.own.node.as_ref().map(|node| node.print);
         if !listing.metadata_only {
             let mut seen = listing.seen;
             seen.iter_mut().for_each(|seen| self.judge(seen, now));
             let (leases, rivals) = self.nodes.reset(seen);
+            let nodes = &self.nodes;
+            self.complaints.retain(|name| nodes.has(name));
             for (name, rival) in rivals {
-                self.contested(&name, &rival);
+                self.contested(&name, &rival, now);
             }
             self.listed = true;
             self.events.push_back(StoreEvent::Snapshot(leases));
@@ -148,7 +162,7 @@ impl Kube {
         }
         let gone = self.nodes.names().filter(|name| !listing.names.contains(*name));
         for name in gone.map(Into::into).collect::<Vec<Box<str>>>() {
-            self.handle_deleted(&name);
+            self.handle_deleted(&name, now);
         }
         for name in listing.changed {
             self.queue.insert(name, listing.version.clone());
@@ -160,7 +174,7 @@ impl Kube {
     pub(super) fn check_queue(&mut self, now: Instant) {
         if self.queue.len() > MANY && self.listing.is_none() {
             debug!("{} nodes have changed: listing all", self.queue.len());
-            self.list_again(false, Freshness::Cursor, now);
+            self.list_again(false, Freshness::Known, now);
         }
     }
 
@@ -169,19 +183,19 @@ impl Kube {
             return;
         }
         match task.node {
-            None => self.handle_deleted(&task.name),
+            None => self.handle_deleted(&task.name, now),
             Some(mut seen) => {
                 self.judge(&mut seen, now);
                 let name = seen.name.clone();
                 let outcome = self.nodes.put(seen);
-                self.tell_outcome(&name, outcome);
+                self.tell_outcome(&name, outcome, now);
             }
         }
     }
 
     /// Notes what is wrong with a node, and forgets what was.
     pub(super) fn judge(&mut self, seen: &mut Seen, now: Instant) {
-        let ours = self.own.lease.as_ref().map(|own| own.lease.subnets);
+        let ours = self.own.told;
         if matches!(&seen.standing, Standing::Peer(lease) if Some(lease.subnets) == ours) {
             seen.standing = Standing::Wrong("its podCIDR is that of this host".into());
         }
@@ -191,7 +205,7 @@ impl Kube {
             return;
         };
         let text = format!("node {:?} is ignored: {reason}", seen.name);
-        self.complaints.note(&seen.name, reason, &text);
+        self.complaints.note(&seen.name, reason, &text, now);
         // a podCIDR that comes late is not to be seen in the metadata
         let seed = self.random();
         if self.pending.len() < PENDING || self.pending.contains_key(&seen.name) {
@@ -201,22 +215,23 @@ impl Kube {
         }
     }
 
-    pub(super) fn contested(&mut self, name: &str, rival: &str) {
+    pub(super) fn contested(&mut self, name: &str, rival: &str, now: Instant) {
         let reason = format!("its podCIDR is that of the older node {rival:?}");
-        self.complaints.note(name, &reason, &format!("node {name:?} is ignored: {reason}"));
+        let text = format!("node {name:?} is ignored: {reason}");
+        self.complaints.note(name, &reason, &text, now);
     }
 
-    pub(super) fn tell_outcome(&mut self, name: &str, outcome: Outcome) {
+    pub(super) fn tell_outcome(&mut self, name: &str, outcome: Outcome, now: Instant) {
         self.events.extend(outcome.events.into_iter().map(StoreEvent::Event));
-        if let Some(heir) = outcome.heir {
+        for heir in outcome.heirs {
             self.queue.insert(heir, String::new());
         }
         if let Some(rival) = outcome.rival {
-            self.contested(name, &rival);
+            self.contested(name, &rival, now);
         }
     }
 
-    pub(super) fn handle_deleted(&mut self, name: &str) {
+    pub(super) fn handle_deleted(&mut self, name: &str, now: Instant) {
         self.queue.remove(name);
         self.pending.remove(name);
         self.complaints.forget(name);
@@ -226,6 +241,6 @@ impl Kube {
             task.outdated = true;
         }
         let outcome = self.nodes.remove(name);
-        self.tell_outcome(name, outcome);
+        self.tell_outcome(name, outcome, now);
     }
 }

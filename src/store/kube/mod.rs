@@ -71,8 +71,10 @@ enum Job {
     Fetch,
     /// Setting our node's condition.
     Condition,
-    /// The watch, on its own lane.
+    /// Opening the watch, on its own lane.
     Watch,
+    /// Hearing from it.
+    Stream,
     /// Reaching the server at all.
     Server,
 }
@@ -106,6 +108,8 @@ pub struct Setup {
     pub endpoints: Vec<String>,
     /// What the credentials are, for messages.
     pub credential: String,
+    /// Tells this cluster from others.
+    pub cluster: u64,
 }
 
 /// The store.
@@ -118,6 +122,7 @@ pub struct Kube {
     alone: bool,
     endpoints: Vec<String>,
     credential: String,
+    cluster: u64,
     set_condition: bool,
     random: u64,
 
@@ -147,6 +152,8 @@ pub struct Kube {
     watch_answer: Answer,
     frames: Frames,
     watch_open: bool,
+    /// Something was heard since it was opened.
+    watch_heard: bool,
     /// The watch has failed: our own node is read before it is opened again.
     watch_broken: bool,
     cancel_watch: bool,
@@ -161,8 +168,7 @@ pub struct Kube {
 impl Kube {
     /// A store. `random` seeds jitter.
     pub fn new(setup: Setup, random: u64) -> Self {
-        let Setup { who, prefix, config, set_condition, endpoints, credential } = setup;
-
+        let Setup { who, prefix, config, set_condition, endpoints, credential, cluster } = setup;
         let turn = |seed| Turn::new(RETRY_FIRST, Duration::from_secs(60), seed);
         Self {
             who,
@@ -171,6 +177,7 @@ impl Kube {
             config,
             endpoints,
             credential,
+            cluster,
             random: random | 1,
             set_condition,
             begun: false,
@@ -193,6 +200,8 @@ impl Kube {
             watch_answer: Answer::default(),
             frames: Frames::default(),
             watch_open: false,
+            watch_heard: false,
+
             watch_broken: false,
             cancel_watch: false,
             endpoint: 0,
@@ -255,7 +264,11 @@ impl Kube {
 
 impl Store for Kube {
     fn name(&self) -> String {
-        format!("kubernetes {}", self.prefix.as_str())
+        let who = match &self.who {
+            Who::Node(name) => format!("node {name}"),
+            Who::Pod { namespace, .. } => format!("pods {namespace}"),
+        };
+        format!("kubernetes {} {who} {:x}", self.prefix.as_str(), self.cluster)
     }
 
     fn describe(&self) -> String {
@@ -264,6 +277,10 @@ impl Store for Kube {
             self.endpoints.join(","),
             self.prefix.as_str()
         )
+    }
+
+    fn known_config(&self) -> Option<&NetworkConfig> {
+        Some(&self.config)
     }
 
     fn public_addresses(&self) -> PublicAddresses {
@@ -287,9 +304,9 @@ impl Store for Kube {
 
     fn status(&self, out: &mut String) {
         let _ = writeln!(out, "nodes {}", self.nodes.len());
-        let _ = writeln!(out, "nodes-ignored {}", self.complaints.iter().len());
+        let _ = writeln!(out, "nodes_ignored {}", self.complaints.iter().len());
         for (node, reason) in self.complaints.iter().take(20) {
-            let _ = writeln!(out, "node-ignored {node} {reason}");
+            let _ = writeln!(out, "node_ignored {node} {reason}");
         }
     }
 

@@ -62,8 +62,8 @@ struct Known {
 pub(super) struct Outcome {
     /// For the agent.
     pub(super) events: Vec<LeaseEvent>,
-    /// A node whose lease counts now and must be read for it.
-    pub(super) heir: Option<Box<str>>,
+    /// Nodes one of whose leases may count now; they must be read for it.
+    pub(super) heirs: Vec<Box<str>>,
     /// The node whose subnets these are, too, and older.
     pub(super) rival: Option<Box<str>>,
 }
@@ -87,6 +87,10 @@ impl Nodes {
         self.known.keys().map(|name| &**name)
     }
 
+    pub(super) fn has(&self, name: &str) -> bool {
+        self.known.contains_key(name)
+    }
+
     /// Is this what is known of the node?
     pub(super) fn knows(&self, name: &str, print: u64) -> bool {
         self.known.get(name).is_some_and(|known| known.print == print)
@@ -102,10 +106,15 @@ impl Nodes {
         };
         let subnets = lease.as_ref().map(|lease| lease.subnets);
         let before = self.known.insert(name.clone(), Known { print, created, subnets });
-        if let Some(before) = before.and_then(|before| before.subnets)
-            && Some(before) != subnets
+        if let Some(before) = before
+            && let Some(had) = before.subnets
         {
-            self.release(&name, before, &mut outcome);
+            if Some(had) != subnets {
+                self.release(&name, had, &mut outcome);
+            } else if before.created < created {
+                // made anew, it is younger than some who had to stand back
+                outcome.heirs = self.others(&name, had);
+            }
         }
         let Some(lease) = lease else { return outcome };
         let older = self.owners.get(&lease.subnets).filter(|owner| {
@@ -137,12 +146,16 @@ impl Nodes {
         }
         self.owners.remove(&subnets);
         outcome.events.push(LeaseEvent::Removed(subnets));
-        let heirs = self
+        outcome.heirs = self.others(name, subnets);
+    }
+
+    /// The nodes with these subnets but `name`.
+    fn others(&self, name: &str, subnets: Subnets) -> Vec<Box<str>> {
+        let others = self
             .known
             .iter()
             .filter(|(other, known)| ***other != *name && known.subnets == Some(subnets));
-        let heir = heirs.min_by_key(|(other, known)| (known.created, *other));
-        outcome.heir = heir.map(|(other, _)| other.clone());
+        others.map(|(other, _)| other.clone()).collect()
     }
 
     /// These are all nodes: the leases that count, and each node that has an older one's subnets, with that one's name.
@@ -226,8 +239,8 @@ mod tests {
         assert_eq!((told(&refused), refused.rival.as_deref()), (vec![], Some("old")));
         let gone = nodes.remove("old");
         assert_eq!(
-            (told(&gone), gone.heir.as_deref()),
-            (vec!["-10.244.1.0/24".into()], Some("young"))
+            (told(&gone), gone.heirs),
+            (vec!["-10.244.1.0/24".into()], vec!["young".into()])
         );
         // who had nothing leaves without a word
         nodes.put(seen("young", 7, subnet, "1.1.1.8"));

@@ -1,10 +1,11 @@
 //! Our own node: what it must have, what we write to it, and what becomes of our lease when others change it.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use log::info;
+use log::{info, warn};
 
 use super::annotations::{self, Published};
+use super::request::Freshness;
 use super::wire::{self, Metadata, Node, NodeConditions};
 use super::{FIGHT_CAP, FIGHT_FIRST, Job, Kube, WAIT_CAP, WAIT_FIRST};
 use crate::backoff::Backoff;
@@ -14,6 +15,8 @@ use crate::store::{Now, StoreEvent};
 /// The condition that keeps pods away from a node without a network (control-plane spec 6.9).
 const CONDITION: &str = "NetworkUnavailable";
 const CONDITION_REASON: &str = "FlannelIsUp";
+/// What we wrote has stood for so long: who changes it then does not fight with us.
+const PEACE: Duration = Duration::from_secs(600);
 
 /// Our own node and lease.
 #[derive(Debug)]
@@ -23,10 +26,15 @@ pub(super) struct Own {
     /// It must be read, or read again.
     pub(super) due: bool,
     pub(super) lease: Option<OwnLease>,
+    /// The subnets that the agent was last told to be ours: others' leases on them mean nothing to it.
+    pub(super) told: Option<Subnets>,
+    /// The store's version when the node was read.
+    pub(super) version: String,
     /// Annotations that it does not have as they should be.
     pub(super) changes: Vec<(String, String)>,
     /// What we wrote last. When somebody else writes it, too, we answer slower and slower.
     written: Vec<(String, String)>,
+    written_at: Option<Instant>,
     fight: Backoff,
     /// While it is not as it must be it is read again and again.
     retry: Backoff,
@@ -50,8 +58,12 @@ impl Own {
             node: None,
             due: true,
             lease: None,
+            told: None,
+            version: String::new(),
             changes: Vec::new(),
             written: Vec::new(),
+            written_at: None,
+
             fight: Backoff::new(FIGHT_FIRST, FIGHT_CAP, seed),
             retry: Backoff::new(WAIT_FIRST, WAIT_CAP, seed),
         }
@@ -64,7 +76,7 @@ impl OwnNode {
         let node: Node = wire::decode(bytes)?;
         let conditions: NodeConditions = wire::decode(bytes)?;
         let has_network = conditions.get(CONDITION).is_some_and(|condition| {
-            condition.status == "False" && condition.reason == CONDITION_REASON
+            condition.status == b"False" && condition.reason == CONDITION_REASON.as_bytes()
         });
         let cidrs = node.pod_cidrs().into_iter().map(str::to_owned).collect();
         let metadata = node.metadata.unwrap_or_default();
@@ -83,7 +95,6 @@ impl OwnNode {
 impl Kube {
     /// Our node was read; `None` says that there is none.
     pub(super) fn handle_own(&mut self, node: Option<OwnNode>, now: Now) {
-        self.own.due = false;
         let Some(node) = node else {
             self.lose("the node object is gone");
             self.own.node = None;
@@ -113,6 +124,9 @@ impl Kube {
             return;
         }
         self.own.written.clear();
+        if self.own.written_at.take().is_some_and(|at| now.saturating_duration_since(at) > PEACE) {
+            self.own.fight.succeeded();
+        }
         // the first time may be a mistake; what happens again and again is another host with our name
         let first = self.own.fight.failures() == 0;
         let wait = self.own.fight.failed();
@@ -134,9 +148,7 @@ impl Kube {
         match node.published.public_addresses() {
             Ok(addresses) => self.addresses = addresses,
             Err(reason) => {
-                let text =
-                    format!("the annotation {}{reason}: it has no effect", self.prefix.as_str());
-                self.events.push_back(StoreEvent::Trouble(text));
+                warn!("the annotation {}{reason}: it has no effect", self.prefix.as_str());
             }
         }
         self.begun = true;
@@ -172,9 +184,15 @@ impl Kube {
         let own = OwnLease { lease, expiry: None };
 
         self.done(Job::Own);
+        self.done(Job::Publish);
+        let moved = self.own.told.replace(subnets).is_some_and(|before| before != subnets);
         if self.own.lease.as_ref() != Some(&own) {
             self.own.lease = Some(own.clone());
             self.events.push_back(StoreEvent::Acquired(Box::new(own)));
+        }
+        // leases on the subnets that were ours count now, and those on the ones that are ours do not
+        if moved && self.listed {
+            self.list_again(false, Freshness::Known, now);
         }
     }
 
@@ -235,6 +253,7 @@ impl Kube {
     /// Our annotations are written; `answer` is the node's metadata now.
     pub(super) fn handle_published(&mut self, answer: Result<Metadata, String>, now: Instant) {
         self.own.written = std::mem::take(&mut self.own.changes);
+        self.own.written_at = Some(now);
         match (answer.ok().and_then(|answer| answer.metadata), &mut self.own.node) {
             (Some(metadata), Some(node)) if metadata.uid == node.uid => {
                 node.published = self.prefix.read(&metadata.annotations);

@@ -28,11 +28,10 @@ const PATCH: &str = "application/strategic-merge-patch+json";
 /// From where a list is answered.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Freshness {
-    /// What the server has in its cache: 5,000 agents that start together do not read 5,000 lists from etcd.
-    Any,
-    /// The same, but not older than what we know.
-    Cursor,
-    /// etcd.
+    /// From the server's cache, not older than what we know: 5,000 agents that start together do not read 5,000 lists from
+    /// etcd, and a server whose cache lags behind does not make us forget anybody.
+    Known,
+    /// From etcd.
     Now,
 }
 
@@ -84,9 +83,10 @@ impl Answer {
 }
 
 impl Refusal {
-    /// Is what we go on from too old for the server, or too new?
+    /// Is what we go on from too old for the server, or newer than all that it knows?
     pub(super) fn is_expired(&self) -> bool {
-        matches!(self.status, 410 | 504)
+        self.status == 410
+            || self.status == 504 && self.message.contains("Too large resource version")
     }
 }
 
@@ -121,10 +121,10 @@ impl Kube {
         let selector = self.selector();
         let page = match freshness {
             _ if !next.is_empty() => format!("limit={PAGE}&continue={}", encode(next)),
-            Freshness::Any => format!("limit={PAGE}&resourceVersion=0"),
-            Freshness::Cursor => {
-                let cursor = self.cursor.as_deref().unwrap_or("0");
-                format!("resourceVersion={cursor}&resourceVersionMatch=NotOlderThan")
+            Freshness::Known => {
+                let known = self.cursor.as_deref().unwrap_or(&self.own.version);
+                let known = if known.is_empty() { "0" } else { known };
+                format!("resourceVersion={known}&resourceVersionMatch=NotOlderThan")
             }
             Freshness::Now => format!("limit={PAGE}"),
         };
@@ -172,7 +172,7 @@ impl Kube {
             Job::Condition => format!("set the condition NetworkUnavailable of node {node:?}"),
             Job::List => "list the nodes".into(),
             Job::Fetch => "read a node that has changed".into(),
-            Job::Watch => "watch the nodes".into(),
+            Job::Watch | Job::Stream => "watch the nodes".into(),
             Job::Server => "ask the API server".into(),
         }
     }
@@ -186,7 +186,7 @@ impl Kube {
             Job::Name => "get pods",
             Job::Publish | Job::Condition => "patch nodes/status",
             Job::Watch => "watch nodes",
-            Job::Own | Job::List | Job::Fetch | Job::Server => "list nodes",
+            Job::Own | Job::List | Job::Fetch | Job::Stream | Job::Server => "list nodes",
         };
         let remedy = match status {
             401 => format!(

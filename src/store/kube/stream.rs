@@ -242,7 +242,7 @@ mod tests {
         for piece in [1, 2, 3, 7, 64, 1000, bytes.len()] {
             assert_eq!(split_list(&bytes, piece), Ok((names.clone(), "more".into())), "{piece}");
         }
-        assert_eq!(split_list(&wire::list("7", "", &[]), 1), Ok((Vec::new(), String::new())));
+        assert_eq!(split_list(&wire::list("7", "", &nodes(0)), 1), Ok((Vec::new(), String::new())));
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! The unary lane: one exchange at a time, and what its answer means.
 
+use std::time::Duration;
+
 use log::info;
 
 use super::listing::Listing;
@@ -28,8 +30,10 @@ pub(super) struct Task {
     /// The node that is read, and whether it was deleted meanwhile.
     pub(super) name: Box<str>,
     pub(super) outdated: bool,
-    /// The list's version.
+    /// The answer's version.
     pub(super) version: String,
+    /// What was known when the request was made.
+    pub(super) cursor: Option<String>,
 }
 
 impl Kube {
@@ -41,6 +45,8 @@ impl Kube {
         {
             name = first;
         }
+        // what happens from now on is not in the answer
+        self.own.due &= job != Job::Own;
         if let Some(listing) = self.listing.as_mut().filter(|_| job == Job::List)
             && listing.next.is_empty()
         {
@@ -57,6 +63,7 @@ impl Kube {
             name,
             outdated: false,
             version: String::new(),
+            cursor: self.cursor.clone(),
         });
         self.unary.busy = true;
         StoreRequest::Start(Lane::Unary, request)
@@ -95,11 +102,11 @@ impl Kube {
 
     /// What was to be read is still to be read.
     pub(super) fn put_back(&mut self, task: Task) {
-        if task.job == Job::Fetch && !task.outdated {
-            self.queue.entry(task.name).or_default();
-        }
-        if let Some(listing) = &mut self.listing {
-            listing.next.clear();
+        match (task.job, &mut self.listing) {
+            (Job::Own, _) => self.own.due = true,
+            (Job::Fetch, _) if !task.outdated => drop(self.queue.entry(task.name).or_default()),
+            (Job::List, Some(listing)) => listing.next.clear(),
+            _ => {}
         }
     }
 
@@ -109,7 +116,10 @@ impl Kube {
                 let meta: ListMeta = wire::decode(bytes)?;
                 if let (Job::List, Some(listing)) = (task.job, &mut self.listing) {
                     listing.next.clone_from(&meta.next);
-                    listing.version.clone_from(&meta.resource_version);
+                    // the first page's: what has changed since then comes with the watch
+                    if listing.version.is_empty() {
+                        listing.version.clone_from(&meta.resource_version);
+                    }
                 }
                 task.version = meta.resource_version;
             }
@@ -146,11 +156,14 @@ impl Kube {
                     self.done(job);
                     self.who = Who::Node(node);
                 }
-                Ok(None) => self.wait(job, "our pod is on no node yet".into(), now.mono),
-                Err(reason) => self.wait(job, reason, now.mono),
+                Ok(None) => {
+                    self.wait(job, "our pod is on no node yet".into(), Duration::ZERO, now.mono);
+                }
+                Err(reason) => self.wait(job, reason, Duration::ZERO, now.mono),
             },
             Job::Own => {
-                self.notice_setback(&task.version, now.mono);
+                self.notice_setback(&task, now.mono);
+                self.own.version = task.version;
                 self.watch_broken = false;
                 self.handle_own(task.own, now);
                 self.begin_list(now.mono);
@@ -171,7 +184,7 @@ impl Kube {
                 self.handle_fetched(task, now.mono);
             }
             Job::List => self.handle_page(now.mono),
-            Job::Watch | Job::Server => {}
+            Job::Watch | Job::Stream | Job::Server => {}
         }
     }
 }

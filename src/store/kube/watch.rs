@@ -7,17 +7,25 @@ use log::{debug, info};
 use super::nodes::{Seen, Standing};
 use super::request::{Answer, Freshness, Refusal};
 use super::stream::Frames;
-use super::wire::{self, Metadata, Status, WatchEvent};
+use super::wire::{self, Metadata, ObjectMeta, Status, WatchEvent};
 use super::{Job, Kube, RETRY_FIRST};
 use crate::http::HttpEvent;
 use crate::store::Now;
 
+/// A watch that ends before anything is heard is no trouble, unless it goes on like that.
+const SILENT: u32 = 3;
+
 impl Kube {
     pub(super) fn handle_watch(&mut self, event: HttpEvent<'_>, now: Now) {
+        // it is over, and the loop does not know yet
+        if self.cancel_watch {
+            return;
+        }
         match event {
             HttpEvent::Head { status, headers } => {
                 self.watch_answer = Answer::head(status, headers);
                 self.frames = Frames::default();
+                self.watch_heard = false;
                 if self.watch_answer.is_ok() {
                     self.watch_open = true;
                     self.reached();
@@ -31,7 +39,7 @@ impl Kube {
                 let pushed = frames.push(bytes, &mut take);
                 self.frames = frames;
                 if let Err(reason) = pushed {
-                    self.cancel_watch |= self.watch.busy;
+                    self.cancel_watch = true;
                     self.watch_failed(&format!("watch the nodes: {reason}"), now.mono);
                 }
             }
@@ -43,7 +51,7 @@ impl Kube {
                 }
                 // it ends every few minutes; one that ends at once must not be opened in a circle
                 self.watch_open = false;
-                self.watch.not_before = Some(now.mono + self.watch.backoff.failed());
+                self.watch.not_before = Some(now.mono + self.backoff_capped(true));
             }
             HttpEvent::Failed(reason) => {
                 self.watch.busy = false;
@@ -52,7 +60,7 @@ impl Kube {
         }
     }
 
-    pub(super) fn handle_frame(&mut self, event: &WatchEvent, now: Instant) -> Result<(), String> {
+    fn handle_frame(&mut self, event: &WatchEvent, now: Instant) -> Result<(), String> {
         // what comes after the end of this watch was decided
         if !self.watch_open {
             return Ok(());
@@ -61,73 +69,92 @@ impl Kube {
             let status: Status = event.object()?;
             let code = u16::try_from(status.code).unwrap_or(500);
             let refusal = Refusal { status: code, message: status.message, retry_after: None };
-            self.cancel_watch |= self.watch.busy;
+            self.cancel_watch = true;
             self.watch_refused(&refusal, now);
             return Ok(());
         }
         let metadata = event.object::<Metadata>()?.metadata.unwrap_or_default();
+        if !std::mem::replace(&mut self.watch_heard, true) {
+            self.watch.backoff.succeeded();
+            self.done(Job::Stream);
+        }
         if !metadata.resource_version.is_empty() {
             self.cursor = Some(metadata.resource_version.clone());
         }
-        self.watch.backoff.succeeded();
         if event.kind == "BOOKMARK" || metadata.name.is_empty() {
             return Ok(());
         }
-        let name = &*metadata.name;
-        let is_own = name == self.node_name();
-        match &*event.kind {
-            "DELETED" if is_own => self.own.due = true,
-            "DELETED" => self.handle_deleted(name),
-            _ => {
-                let published = self.prefix.read(&metadata.annotations);
-                let print = published.print(&metadata.uid);
-                if is_own {
-                    self.own.due |= self.own.node.as_ref().is_none_or(|node| node.print != print);
-                } else if self.nodes.knows(name, print) {
-                    self.queue.remove(name);
-                } else if published.takes_part() {
-                    self.queue.insert(name.into(), metadata.resource_version);
-                    self.check_queue(now);
-                } else {
-                    let standing = Standing::Apart;
-                    let (name, created) = (name.into(), metadata.created());
-                    self.handle_apart(Seen { name, print, created, standing });
-                }
-            }
+        let is_deleted = event.kind == "DELETED";
+        if metadata.name == self.node_name() {
+            self.handle_own_event(&metadata, is_deleted);
+        } else if is_deleted {
+            self.handle_deleted(&metadata.name, now);
+        } else {
+            self.handle_node_event(metadata, now);
         }
         Ok(())
     }
 
-    /// A node that does not take part, or not any more: there is nothing to read.
-    pub(super) fn handle_apart(&mut self, seen: Seen) {
-        let name = seen.name.clone();
-        self.handle_deleted(&name);
-        let outcome = self.nodes.put(seen);
-        self.tell_outcome(&name, outcome);
+    fn handle_own_event(&mut self, metadata: &ObjectMeta, is_deleted: bool) {
+        let print = self.prefix.read(&metadata.annotations).print(&metadata.uid);
+        let differs = self.own.node.as_ref().is_none_or(|node| node.print != print);
+        // what is being read may be older than this
+        let reading = self.task.as_ref().is_some_and(|task| task.job == Job::Own);
+        self.own.due |= is_deleted || differs || reading;
+        if self.own.node.is_none() {
+            self.waits.remove(&Job::Own);
+        }
     }
 
-    pub(super) fn watch_refused(&mut self, refusal: &Refusal, now: Instant) {
+    fn handle_node_event(&mut self, metadata: ObjectMeta, now: Instant) {
+        let published = self.prefix.read(&metadata.annotations);
+        let print = published.print(&metadata.uid);
+        let name = &*metadata.name;
+        // what is being read may be older than this
+        let reading =
+            self.task.as_ref().is_some_and(|task| task.job == Job::Fetch && *task.name == *name);
+        if self.nodes.knows(name, print) && !reading {
+            return;
+        }
+        if published.takes_part() {
+            self.queue.insert(name.into(), metadata.resource_version);
+            self.check_queue(now);
+            return;
+        }
+        // there is nothing to read
+        self.handle_deleted(name, now);
+        let created = metadata.created();
+        let seen = Seen { name: name.into(), print, created, standing: Standing::Apart };
+        let outcome = self.nodes.put(seen);
+        self.tell_outcome(name, outcome, now);
+    }
+
+    fn watch_refused(&mut self, refusal: &Refusal, now: Instant) {
         self.watch_open = false;
+        let wait = self.backoff_capped(true);
+        let wait = refusal.retry_after.map_or(wait, |asked| asked.max(wait));
+        self.watch.not_before = Some(now + wait);
         if refusal.is_expired() {
             info!(
                 "the API server has forgotten the changes since the last one that we know: listing again"
             );
-            self.list_again(true, Freshness::Cursor, now);
-            return;
+            return self.list_again(true, Freshness::Known, now);
         }
         let text = self.explain(Job::Watch, refusal);
-        let wait = refusal.retry_after.unwrap_or_else(|| self.watch.backoff.failed());
-        self.watch.not_before = Some(now + wait);
         self.tell(Job::Watch, text);
     }
 
-    pub(super) fn watch_failed(&mut self, reason: &str, now: Instant) {
-        let was_open = std::mem::replace(&mut self.watch_open, false);
+    fn watch_failed(&mut self, reason: &str, now: Instant) {
+        let heard = std::mem::take(&mut self.watch_open) && self.watch_heard;
         let wait = self.backoff_capped(true);
-        self.watch.not_before = Some(now + if was_open { RETRY_FIRST } else { wait });
+        self.watch.not_before = Some(now + if heard { RETRY_FIRST } else { wait });
         self.watch_broken = true;
         self.own.due = true;
         // whether the server is there at all, the reading of our own node will tell
-        debug!("{reason}");
+        if self.watch.backoff.failures() > SILENT {
+            self.tell(Job::Stream, reason.to_owned());
+        } else {
+            debug!("{reason}");
+        }
     }
 }

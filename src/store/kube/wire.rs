@@ -5,8 +5,6 @@
 //! An object travels in an envelope: four bytes, then `runtime.Unknown` with the object in field 2. A watch is a row of
 //! frames, each a length of four bytes and a `WatchEvent` whose object has an envelope of its own.
 
-use std::collections::BTreeMap;
-
 use prost::Message;
 
 /// Begins every object.
@@ -46,8 +44,18 @@ pub(super) struct ObjectMeta {
     pub(super) resource_version: String,
     #[prost(message, optional, tag = "8")]
     created: Option<Time>,
-    #[prost(btree_map = "string, string", tag = "12")]
-    pub(super) annotations: BTreeMap<String, String>,
+    #[prost(message, repeated, tag = "12")]
+    pub(super) annotations: Vec<Annotation>,
+}
+
+/// An entry of `annotations`. Anybody may have written it, and the server does not mind what is no UTF-8: that must not make
+/// the whole object unreadable.
+#[derive(Clone, PartialEq, Eq, Message)]
+pub(super) struct Annotation {
+    #[prost(bytes = "vec", tag = "1")]
+    pub(super) key: Vec<u8>,
+    #[prost(bytes = "vec", tag = "2")]
+    pub(super) value: Vec<u8>,
 }
 
 impl ObjectMeta {
@@ -111,18 +119,18 @@ struct NodeStatus {
 /// `core/v1.NodeCondition`.
 #[derive(Clone, PartialEq, Eq, Message)]
 pub(super) struct NodeCondition {
-    #[prost(string, tag = "1")]
-    pub(super) kind: String,
-    #[prost(string, tag = "2")]
-    pub(super) status: String,
-    #[prost(string, tag = "5")]
-    pub(super) reason: String,
+    #[prost(bytes = "vec", tag = "1")]
+    pub(super) kind: Vec<u8>,
+    #[prost(bytes = "vec", tag = "2")]
+    pub(super) status: Vec<u8>,
+    #[prost(bytes = "vec", tag = "5")]
+    pub(super) reason: Vec<u8>,
 }
 
 impl NodeConditions {
     /// The condition called `kind`.
     pub(super) fn get(&self, kind: &str) -> Option<&NodeCondition> {
-        self.status.as_ref()?.conditions.iter().find(|condition| condition.kind == kind)
+        self.status.as_ref()?.conditions.iter().find(|condition| condition.kind == kind.as_bytes())
     }
 }
 
@@ -220,24 +228,26 @@ pub(super) fn frame(kind: &str, object: &impl Message) -> Vec<u8> {
     [&u32::try_from(event.len()).unwrap().to_be_bytes()[..], &event].concat()
 }
 
-/// For tests: a page of a list.
+/// For tests: a page of a list of nodes, or of their metadata.
 #[cfg(test)]
-pub(super) fn list(version: &str, next: &str, nodes: &[Node]) -> Vec<u8> {
+pub(super) fn list(version: &str, next: &str, nodes: &[impl Message]) -> Vec<u8> {
     #[derive(Clone, PartialEq, Message)]
-    struct NodeList {
+    struct List {
         #[prost(message, optional, tag = "1")]
         metadata: Option<ListMeta>,
-        #[prost(message, repeated, tag = "2")]
-        items: Vec<Node>,
+        #[prost(bytes = "vec", repeated, tag = "2")]
+        items: Vec<Vec<u8>>,
     }
     let metadata = Some(ListMeta { resource_version: version.into(), next: next.into() });
-    seal(&NodeList { metadata, items: nodes.to_vec() })
+    seal(&List { metadata, items: nodes.iter().map(Message::encode_to_vec).collect() })
 }
 
 /// For tests: a node.
 #[cfg(test)]
 pub(super) fn node(name: &str, uid: &str, cidrs: &[&str], annotations: &[(&str, &str)]) -> Node {
-    let annotations = annotations.iter().map(|(key, value)| (key.to_string(), value.to_string()));
+    let annotations = annotations
+        .iter()
+        .map(|(key, value)| Annotation { key: (*key).into(), value: (*value).into() });
     Node {
         metadata: Some(ObjectMeta {
             name: name.into(),
@@ -251,4 +261,19 @@ pub(super) fn node(name: &str, uid: &str, cidrs: &[&str], annotations: &[(&str, 
             pod_cidrs: cidrs.iter().map(ToString::to_string).collect(),
         }),
     }
+}
+
+/// For tests: the node's metadata alone.
+#[cfg(test)]
+pub(super) fn metadata(node: &Node) -> Metadata {
+    Metadata { metadata: node.metadata.clone() }
+}
+
+/// For tests: the node, made at this second.
+#[cfg(test)]
+pub(super) fn created(mut node: Node, seconds: i64) -> Node {
+    if let Some(metadata) = &mut node.metadata {
+        metadata.created = Some(Time { seconds });
+    }
+    node
 }

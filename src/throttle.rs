@@ -10,7 +10,7 @@ const REFILL: Duration = Duration::from_secs(6);
 
 /// Decides which lines of one sort are written.
 #[derive(Debug, Default)]
-pub(super) struct Throttle {
+pub(crate) struct Throttle {
     used: u32,
     since: Option<Instant>,
     hidden: u64,
@@ -18,7 +18,7 @@ pub(super) struct Throttle {
 
 impl Throttle {
     /// May a line be written now? `Some(n)` says yes, and that `n` lines were left out since the last one.
-    pub(super) fn admit(&mut self, now: Instant) -> Option<u64> {
+    pub(crate) fn admit(&mut self, now: Instant) -> Option<u64> {
         let since = *self.since.get_or_insert(now);
         let refilled = now.saturating_duration_since(since).as_secs() / REFILL.as_secs();
         if refilled > 0 {
@@ -44,7 +44,7 @@ macro_rules! throttled {
         }
     };
 }
-pub(super) use throttled;
+pub(crate) use throttled;
 
 #[cfg(test)]
 #[allow(clippy::disallowed_methods)]
