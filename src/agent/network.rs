@@ -36,6 +36,8 @@ use crate::view::{self, View};
 
 /// How long the store may take for its first word before the saved view is used in its place.
 const PATIENCE: Duration = Duration::from_secs(3);
+/// How long the store may take for the peers, once it has given us a lease, before the saved ones are used.
+const FILL: Duration = Duration::from_millis(500);
 /// The view is saved this long after a change, so that a burst of changes is one write.
 const SAVE_DELAY: Duration = Duration::from_secs(5);
 /// A view that could not be saved is tried again after this.
@@ -436,7 +438,7 @@ impl Network {
         self.lost = None;
         // nothing is saved before the store has told us of the peers: that would lose those that are saved
         if self.saved.is_some() {
-            self.fill_at = Some(now.mono + PATIENCE);
+            self.fill_at = Some(now.mono + FILL);
         } else {
             self.changed(now);
         }
@@ -516,7 +518,7 @@ impl Network {
     fn fill(&mut self, now: Now) {
         let (Some(view), Some(dataplane)) = (&self.saved, &mut self.dataplane) else { return };
         if dataplane.leases().next().is_none() && view.config == *dataplane.config() {
-            warn!(
+            info!(
                 "the store does not tell the peers: using the {} of an earlier life",
                 view.peers.len()
             );

@@ -21,6 +21,9 @@ use crate::store::Lane;
 
 /// How long a name may take to be resolved: glibc gives each name server five seconds.
 const RESOLVE: Duration = Duration::from_secs(30);
+/// A watch that has so much to say that it speaks again within this time is listened to at such intervals: waking up is dearer
+/// than reading.
+const PAUSE: Duration = Duration::from_millis(20);
 /// How long a credential plugin may take.
 const PLUGIN: Duration = Duration::from_secs(65);
 /// How long one address may take to connect while there are others to try.
@@ -93,6 +96,10 @@ struct Busy {
     connect_by: Option<Instant>,
     /// The budget ran out in the last turn.
     more_since: Option<Instant>,
+    /// When it was heard of last.
+    heard_at: Option<Instant>,
+    /// Nobody listens until then.
+    paused_until: Option<Instant>,
     /// The server does not know us: the next request goes over a connection of its own, with the certificate that we have then.
     refused: bool,
 }
@@ -208,6 +215,8 @@ impl Client {
                         connect_by: None,
                         // its socket is writable and says so no more: the first turn comes by itself
                         more_since: Some(now),
+                        heard_at: None,
+                        paused_until: None,
                         refused: false,
                     })),
                     Err(reason) => State::Failed { reason, since: now },
@@ -311,7 +320,8 @@ impl Client {
             State::Failed { since, .. } => Some(*since),
             State::Resolving { until, .. } | State::Waiting { until, .. } => Some(*until),
             State::Busy(busy) => {
-                busy.limits.next().into_iter().chain(busy.connect_by).chain(busy.more_since).min()
+                let limits = busy.limits.next().into_iter().chain(busy.connect_by);
+                limits.chain(busy.more_since).chain(busy.paused_until).min()
             }
         };
         self.lanes.iter().filter_map(due).min()
@@ -361,6 +371,8 @@ impl Client {
                         self.fail(lane, Some(endpoint), reason, registry, sink);
                     } else if busy.connect_by.is_some_and(|at| at <= now) {
                         self.try_next(lane, "connecting took too long", registry, now, sink);
+                    } else if busy.paused_until.is_some_and(|at| at <= now) {
+                        self.resume(lane, registry, now, sink);
                     } else if busy.more_since.is_some() {
                         self.turn(lane, registry, now, sink);
                     }
@@ -397,6 +409,8 @@ impl Client {
                         others: addresses,
                         connect_by,
                         more_since: None,
+                        heard_at: None,
+                        paused_until: None,
                         refused: false,
                     };
                     self.lanes[index(lane)] = Slot { state: State::Busy(Box::new(busy)), number };
@@ -456,8 +470,18 @@ impl Client {
         if busy.conn.is_connected() {
             busy.connect_by = None;
         }
-        if let (true, Some((after, at))) = (busy.conn.heard(), &mut busy.limits.silence) {
-            *at = now + *after;
+        if busy.conn.heard() {
+            if let Some((after, at)) = &mut busy.limits.silence {
+                *at = now + *after;
+            }
+            let before = busy.heard_at.replace(now);
+            if lane == Lane::Watch
+                && turn == Ok(Turn::Waiting)
+                && before.is_some_and(|before| now.saturating_duration_since(before) < PAUSE * 2)
+            {
+                busy.conn.pause(registry);
+                busy.paused_until = Some(now + PAUSE);
+            }
         }
         match turn {
             Ok(Turn::Waiting) => {}
@@ -476,6 +500,21 @@ impl Client {
             Err(reason) if !busy.conn.is_connected() => {
                 self.try_next(lane, &reason, registry, now, sink)
             }
+            Err(reason) => {
+                let endpoint = busy.request.endpoint;
+                self.fail(lane, Some(endpoint), &reason, registry, sink);
+            }
+        }
+    }
+
+    /// The pause of a busy watch is over.
+    fn resume(&mut self, lane: Lane, registry: &Registry, now: Instant, sink: Sink<'_>) {
+        let Slot { state: State::Busy(busy), number } = &mut self.lanes[index(lane)] else {
+            return;
+        };
+        busy.paused_until = None;
+        match busy.conn.resume(registry, Token(self.first_token + *number)) {
+            Ok(()) => self.turn(lane, registry, now, sink),
             Err(reason) => {
                 let endpoint = busy.request.endpoint;
                 self.fail(lane, Some(endpoint), &reason, registry, sink);

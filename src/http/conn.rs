@@ -91,6 +91,20 @@ impl Conn {
         let _ = registry.deregister(&mut self.socket);
     }
 
+    /// Does not look at the socket for a while.
+    pub(super) fn pause(&mut self, registry: &Registry) {
+        self.close(registry);
+    }
+
+    /// Looks at the socket again, under the same token.
+    ///
+    /// # Errors
+    /// As `epoll_ctl(2)`.
+    pub(super) fn resume(&mut self, registry: &Registry, token: Token) -> Result<(), String> {
+        let interest = Interest::READABLE | Interest::WRITABLE;
+        registry.register(&mut self.socket, token, interest).map_err(|error| error.to_string())
+    }
+
     /// Was anything received for the exchange under way since the last call?
     pub(super) fn heard(&mut self) -> bool {
         std::mem::take(&mut self.heard)

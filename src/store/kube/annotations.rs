@@ -18,6 +18,20 @@ const NO_DATA: &str = "null";
 /// The marker's value.
 const MANAGED: &str = "true";
 
+/// What our annotations end with.
+const SUFFIXES: [&str; 10] = [
+    "kube-subnet-manager",
+    "backend-type",
+    "backend-data",
+    "backend-v6-data",
+    "public-ip",
+    "public-ipv6",
+    "public-ip-overwrite",
+    "public-ipv6-overwrite",
+    "node-public-ip",
+    "node-public-ipv6",
+];
+
 /// What all of our annotations begin with: a domain, a slash, and perhaps more.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Prefix(String);
@@ -70,6 +84,23 @@ impl Prefix {
         published
     }
 
+    /// Tells these annotations of ours, on the node with this uid, from any others. Nearly every change of a node is a heart-beat,
+    /// and this is what it costs to see that.
+    pub(super) fn print(&self, annotations: &[Annotation], uid: &str) -> u64 {
+        let hash = |what: &dyn Fn(&mut DefaultHasher)| {
+            let mut hasher = DefaultHasher::new();
+            what(&mut hasher);
+            hasher.finish()
+        };
+        let ours = annotations.iter().filter_map(|Annotation { key, value }| {
+            let suffix = key.strip_prefix(self.0.as_bytes())?;
+            let known = SUFFIXES.iter().any(|known| known.as_bytes() == suffix);
+            known.then(|| hash(&|hasher| (suffix, value).hash(hasher)))
+        });
+        // in whatever order they come
+        ours.fold(hash(&|hasher| uid.hash(hasher)), u64::wrapping_add)
+    }
+
     /// What must be written so that the node carries `attrs`: keys and values. Others' annotations stay as they are.
     pub(super) fn changes(
         &self,
@@ -105,7 +136,7 @@ fn overwritten(annotation: &Option<Box<str>>) -> Option<String> {
 }
 
 /// A node's annotations of ours, as they are.
-#[derive(Clone, PartialEq, Eq, Hash, Debug, Default)]
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub(super) struct Published {
     marker: Option<Box<str>>,
     backend_type: Option<Box<str>>,
@@ -139,13 +170,6 @@ impl Published {
     /// Does this node take part?
     pub(super) fn takes_part(&self) -> bool {
         self.marker.as_deref() == Some(MANAGED)
-    }
-
-    /// Tells this content, on the node with this uid, from any other.
-    pub(super) fn print(&self, uid: &str) -> u64 {
-        let mut hasher = DefaultHasher::new();
-        (uid, self).hash(&mut hasher);
-        hasher.finish()
     }
 
     /// Does the node carry all of these?
@@ -249,15 +273,19 @@ mod tests {
     }
 
     fn read(annotations: &[(&str, &str)]) -> Published {
+        prefix().read(&all(annotations))
+    }
+
+    fn all(annotations: &[(&str, &str)]) -> Vec<Annotation> {
         let of = |(key, value): &(&str, &str)| Annotation {
             key: format!("flannel.alpha.coreos.com/{key}").into(),
-            value: (*value).into(),
+            value: value.to_string().into(),
         };
         let mut all: Vec<Annotation> = annotations.iter().map(of).collect();
         let others =
             [("a/b", &b"caf\xe9"[..]), ("flannel.alpha.coreos.com/prefix-public-ip", b"9.9.9.9")];
         all.extend(others.map(|(key, value)| Annotation { key: key.into(), value: value.into() }));
-        prefix().read(&all)
+        all
     }
 
     fn config(text: &str) -> NetworkConfig {
@@ -412,12 +440,28 @@ mod tests {
 
     #[test]
     fn prints() {
-        let print = |published: &[(&str, &str)], uid| read(published).print(uid);
-        let one = print(&[("public-ip", "1.2.3.4")], "u");
-        assert_eq!(one, print(&[("public-ip", "1.2.3.4"), ("unknown", "x")], "u"));
-        assert_ne!(one, print(&[("public-ip", "1.2.3.4")], "v"));
-        assert_ne!(one, print(&[("public-ip", "1.2.3.5")], "u"));
-        assert_ne!(one, print(&[("backend-type", "1.2.3.4")], "u"));
+        let print = |annotations: &[(&str, &str)], uid| prefix().print(&all(annotations), uid);
+        let one = print(&[("public-ip", "1.2.3.4"), ("backend-type", "")], "u");
+        assert_eq!(
+            one,
+            print(&[("backend-type", ""), ("unknown", "x"), ("public-ip", "1.2.3.4")], "u")
+        );
+        for (other, uid) in [
+            (&[("public-ip", "1.2.3.4"), ("backend-type", "")][..], "v"),
+            (&[("public-ip", "1.2.3.5"), ("backend-type", "")], "u"),
+            (&[("public-ipv6", "1.2.3.4"), ("backend-type", "")], "u"),
+            (&[("public-ip", "1.2.3.4")], "u"),
+        ] {
+            assert_ne!(one, print(other, uid));
+        }
+        // every one that is read counts
+        for suffix in SUFFIXES {
+            assert!(Published::default().field(suffix).is_some());
+            assert_ne!(
+                one,
+                print(&[("public-ip", "1.2.3.4"), ("backend-type", ""), (suffix, "x")], "u")
+            );
+        }
     }
 
     #[test]

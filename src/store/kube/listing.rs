@@ -97,7 +97,7 @@ impl Kube {
         let Some(listing) = &mut self.listing else { return Ok(()) };
         let (name, print) = if listing.metadata_only {
             let metadata = wire::decode::<Metadata>(bytes)?.metadata.unwrap_or_default();
-            let print = self.prefix.read(&metadata.annotations).print(&metadata.uid);
+            let print = self.prefix.print(&metadata.annotations, &metadata.uid);
             (metadata.name.into(), print)
         } else {
             let seen = Seen::new(wire::decode(bytes)?, &self.prefix, &self.config);

@@ -45,7 +45,7 @@ impl Seen {
         } else {
             Standing::Apart
         };
-        let print = published.print(&metadata.uid);
+        let print = prefix.print(&metadata.annotations, &metadata.uid);
         Self { name: metadata.name.into(), print, created, standing }
     }
 }

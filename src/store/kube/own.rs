@@ -28,8 +28,7 @@ pub(super) struct Own {
     pub(super) lease: Option<OwnLease>,
     /// The subnets that the agent was last told to be ours: others' leases on them mean nothing to it.
     pub(super) told: Option<Subnets>,
-    /// The store's version when the node was read.
-    pub(super) version: String,
+
     /// Annotations that it does not have as they should be.
     pub(super) changes: Vec<(String, String)>,
     /// What we wrote last. When somebody else writes it, too, we answer slower and slower.
@@ -44,6 +43,8 @@ pub(super) struct Own {
 #[derive(Debug)]
 pub(super) struct OwnNode {
     uid: String,
+    /// The node's version, not the store's: the server's cache of nodes has seen it, or will in a moment.
+    pub(super) version: String,
     pub(super) print: u64,
     published: Published,
     cidrs: Vec<String>,
@@ -59,7 +60,7 @@ impl Own {
             due: true,
             lease: None,
             told: None,
-            version: String::new(),
+
             changes: Vec::new(),
             written: Vec::new(),
             written_at: None,
@@ -82,11 +83,13 @@ impl OwnNode {
         let metadata = node.metadata.unwrap_or_default();
         let published = kube.prefix.read(&metadata.annotations);
         Ok(Self {
-            print: published.print(&metadata.uid),
+            print: kube.prefix.print(&metadata.annotations, &metadata.uid),
             published,
             cidrs,
             created: metadata.created(),
+            version: metadata.resource_version,
             uid: metadata.uid,
+
             has_network,
         })
     }
@@ -257,7 +260,8 @@ impl Kube {
         match (answer.ok().and_then(|answer| answer.metadata), &mut self.own.node) {
             (Some(metadata), Some(node)) if metadata.uid == node.uid => {
                 node.published = self.prefix.read(&metadata.annotations);
-                node.print = node.published.print(&metadata.uid);
+                node.print = self.prefix.print(&metadata.annotations, &metadata.uid);
+                node.version = metadata.resource_version;
                 self.settle(now);
             }
             _ => self.own.due = true,

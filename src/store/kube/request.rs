@@ -71,7 +71,7 @@ impl Answer {
     }
 
     pub(super) fn refusal(&self) -> Refusal {
-        let said = match wire::open::<Status>(&self.body) {
+        let said = match wire::open::<Status>(&*self.body) {
             Ok(status) => status.message,
             Err(_) => serde_json::from_slice::<serde_json::Value>(&self.body)
                 .ok()
@@ -122,8 +122,8 @@ impl Kube {
         let page = match freshness {
             _ if !next.is_empty() => format!("limit={PAGE}&continue={}", encode(next)),
             Freshness::Known => {
-                let known = self.cursor.as_deref().unwrap_or(&self.own.version);
-                let known = if known.is_empty() { "0" } else { known };
+                let own = self.own.node.as_ref().map(|node| &*node.version);
+                let known = self.cursor.as_deref().or(own).unwrap_or("0");
                 format!("resourceVersion={known}&resourceVersionMatch=NotOlderThan")
             }
             Freshness::Now => format!("limit={PAGE}"),

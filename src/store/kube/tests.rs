@@ -175,7 +175,7 @@ fn set(node: &mut Node, key: &str, value: &str) {
     let all = &mut node.metadata.as_mut().unwrap().annotations;
     all.retain(|annotation| annotation.key != key.as_bytes());
     if !value.is_empty() {
-        all.push(wire::Annotation { key: key.into(), value: value.into() });
+        all.push(wire::Annotation { key: key.to_owned().into(), value: value.to_owned().into() });
     }
 }
 
@@ -699,7 +699,7 @@ fn what_is_no_text() {
     let (mut server, mut host) = (cluster(2), Host::new(1));
     let bytes = |node: &mut Node, key: &str| {
         let all = &mut node.metadata.as_mut().unwrap().annotations;
-        all.push(wire::Annotation { key: key.into(), value: b"caf\xe9".to_vec() });
+        all.push(wire::Annotation { key: key.to_owned().into(), value: b"caf\xe9"[..].into() });
     };
     for (name, key) in
         [("n1", "other.example/x"), ("n2", "flannel.alpha.coreos.com/public-ip-overwrite")]

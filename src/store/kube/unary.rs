@@ -113,7 +113,7 @@ impl Kube {
     pub(super) fn handle_part(&mut self, task: &mut Task, part: &Part<'_>) -> Result<(), String> {
         match (task.job, part) {
             (_, Part::Meta(bytes)) => {
-                let meta: ListMeta = wire::decode(bytes)?;
+                let meta: ListMeta = wire::decode(*bytes)?;
                 if let (Job::List, Some(listing)) = (task.job, &mut self.listing) {
                     listing.next.clone_from(&meta.next);
                     // the first page's: what has changed since then comes with the watch
@@ -125,7 +125,7 @@ impl Kube {
             }
             (Job::Own, Part::Item(bytes)) => task.own = Some(OwnNode::read(self, bytes)?),
             (Job::Fetch, Part::Item(bytes)) => {
-                task.node = Some(Seen::new(wire::decode(bytes)?, &self.prefix, &self.config));
+                task.node = Some(Seen::new(wire::decode(*bytes)?, &self.prefix, &self.config));
             }
             (_, Part::Item(bytes)) => return self.handle_listed(bytes),
         }
@@ -150,7 +150,7 @@ impl Kube {
             backoff.succeeded();
         }
         match job {
-            Job::Name => match wire::open::<Pod>(&task.answer.body).map(Pod::node) {
+            Job::Name => match wire::open::<Pod>(&*task.answer.body).map(Pod::node) {
                 Ok(Some(node)) => {
                     info!("this is node {node}");
                     self.done(job);
@@ -163,14 +163,14 @@ impl Kube {
             },
             Job::Own => {
                 self.notice_setback(&task, now.mono);
-                self.own.version = task.version;
+
                 self.watch_broken = false;
                 self.handle_own(task.own, now);
                 self.begin_list(now.mono);
             }
             Job::Publish => {
                 self.done(job);
-                self.handle_published(wire::open(&task.answer.body), now.mono);
+                self.handle_published(wire::open(&*task.answer.body), now.mono);
                 self.begin_list(now.mono);
             }
             Job::Condition => {

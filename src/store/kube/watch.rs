@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use log::{debug, info};
+use prost::bytes::Bytes;
 
 use super::nodes::{Seen, Standing};
 use super::request::{Answer, Freshness, Refusal};
@@ -35,7 +36,11 @@ impl Kube {
             HttpEvent::Body(bytes) if !self.watch_answer.is_ok() => self.watch_answer.body(bytes),
             HttpEvent::Body(bytes) => {
                 let mut frames = std::mem::take(&mut self.frames);
-                let mut take = |frame: &[u8]| self.handle_frame(&wire::decode(frame)?, now.mono);
+                let mut take = |frame: &[u8]| {
+                    // what is in it is then shared and not copied
+                    let frame = Bytes::copy_from_slice(frame);
+                    self.handle_frame(&wire::decode(frame)?, now.mono)
+                };
                 let pushed = frames.push(bytes, &mut take);
                 self.frames = frames;
                 if let Err(reason) = pushed {
@@ -79,7 +84,7 @@ impl Kube {
             self.done(Job::Stream);
         }
         if !metadata.resource_version.is_empty() {
-            self.cursor = Some(metadata.resource_version.clone());
+            self.cursor.get_or_insert_default().clone_from(&metadata.resource_version);
         }
         if event.kind == "BOOKMARK" || metadata.name.is_empty() {
             return Ok(());
@@ -96,7 +101,7 @@ impl Kube {
     }
 
     fn handle_own_event(&mut self, metadata: &ObjectMeta, is_deleted: bool) {
-        let print = self.prefix.read(&metadata.annotations).print(&metadata.uid);
+        let print = self.prefix.print(&metadata.annotations, &metadata.uid);
         let differs = self.own.node.as_ref().is_none_or(|node| node.print != print);
         // what is being read may be older than this
         let reading = self.task.as_ref().is_some_and(|task| task.job == Job::Own);
@@ -107,8 +112,7 @@ impl Kube {
     }
 
     fn handle_node_event(&mut self, metadata: ObjectMeta, now: Instant) {
-        let published = self.prefix.read(&metadata.annotations);
-        let print = published.print(&metadata.uid);
+        let print = self.prefix.print(&metadata.annotations, &metadata.uid);
         let name = &*metadata.name;
         // what is being read may be older than this
         let reading =
@@ -116,7 +120,7 @@ impl Kube {
         if self.nodes.knows(name, print) && !reading {
             return;
         }
-        if published.takes_part() {
+        if self.prefix.read(&metadata.annotations).takes_part() {
             self.queue.insert(name.into(), metadata.resource_version);
             self.check_queue(now);
             return;

@@ -6,6 +6,7 @@
 //! frames, each a length of four bytes and a `WatchEvent` whose object has an envelope of its own.
 
 use prost::Message;
+use prost::bytes::{Buf, Bytes};
 
 /// Begins every object.
 pub(super) const MAGIC: &[u8; 4] = b"k8s\0";
@@ -13,8 +14,8 @@ pub(super) const MAGIC: &[u8; 4] = b"k8s\0";
 /// `runtime.Unknown`.
 #[derive(Clone, PartialEq, Message)]
 struct Unknown {
-    #[prost(bytes = "vec", tag = "2")]
-    raw: Vec<u8>,
+    #[prost(bytes = "bytes", tag = "2")]
+    raw: Bytes,
 }
 
 /// `meta/v1.ListMeta`.
@@ -52,10 +53,10 @@ pub(super) struct ObjectMeta {
 /// the whole object unreadable.
 #[derive(Clone, PartialEq, Eq, Message)]
 pub(super) struct Annotation {
-    #[prost(bytes = "vec", tag = "1")]
-    pub(super) key: Vec<u8>,
-    #[prost(bytes = "vec", tag = "2")]
-    pub(super) value: Vec<u8>,
+    #[prost(bytes = "bytes", tag = "1")]
+    pub(super) key: Bytes,
+    #[prost(bytes = "bytes", tag = "2")]
+    pub(super) value: Bytes,
 }
 
 impl ObjectMeta {
@@ -176,8 +177,8 @@ pub(super) struct WatchEvent {
 /// `runtime.RawExtension`.
 #[derive(Clone, PartialEq, Eq, Message)]
 struct RawExtension {
-    #[prost(bytes = "vec", tag = "1")]
-    raw: Vec<u8>,
+    #[prost(bytes = "bytes", tag = "1")]
+    raw: Bytes,
 }
 
 impl WatchEvent {
@@ -186,25 +187,27 @@ impl WatchEvent {
     /// # Errors
     /// It is no such object.
     pub(super) fn object<M: Message + Default>(&self) -> Result<M, String> {
-        open(self.object.as_ref().map_or(&[], |object| &object.raw))
+        open(self.object.as_ref().map(|object| object.raw.clone()).unwrap_or_default())
     }
 }
 
-/// Takes an object out of its envelope.
+/// Takes an object out of its envelope. What is given as [`Bytes`] is not copied.
 ///
 /// # Errors
 /// It has none, or is another object.
-pub(super) fn open<M: Message + Default>(bytes: &[u8]) -> Result<M, String> {
-    let body =
-        bytes.strip_prefix(MAGIC).ok_or("the answer is not a Kubernetes object in protobuf")?;
-    decode(&Unknown::decode(body).map_err(wrong)?.raw)
+pub(super) fn open<M: Message + Default>(mut bytes: impl Buf) -> Result<M, String> {
+    let mut magic = [0; MAGIC.len()];
+    if bytes.try_copy_to_slice(&mut magic).is_err() || magic != *MAGIC {
+        return Err("the answer is not a Kubernetes object in protobuf".into());
+    }
+    decode(Unknown::decode(bytes).map_err(wrong)?.raw)
 }
 
 /// Reads a message.
 ///
 /// # Errors
 /// It is none.
-pub(super) fn decode<M: Message + Default>(bytes: &[u8]) -> Result<M, String> {
+pub(super) fn decode<M: Message + Default>(bytes: impl Buf) -> Result<M, String> {
     M::decode(bytes).map_err(wrong)
 }
 
@@ -216,14 +219,14 @@ fn wrong(error: prost::DecodeError) -> String {
 /// For tests: an object in its envelope.
 #[cfg(test)]
 pub(super) fn seal(message: &impl Message) -> Vec<u8> {
-    let unknown = Unknown { raw: message.encode_to_vec() };
+    let unknown = Unknown { raw: message.encode_to_vec().into() };
     [&MAGIC[..], &unknown.encode_to_vec()].concat()
 }
 
 /// For tests: a frame of a watch.
 #[cfg(test)]
 pub(super) fn frame(kind: &str, object: &impl Message) -> Vec<u8> {
-    let object = Some(RawExtension { raw: seal(object) });
+    let object = Some(RawExtension { raw: seal(object).into() });
     let event = WatchEvent { kind: kind.into(), object }.encode_to_vec();
     [&u32::try_from(event.len()).unwrap().to_be_bytes()[..], &event].concat()
 }
@@ -245,9 +248,10 @@ pub(super) fn list(version: &str, next: &str, nodes: &[impl Message]) -> Vec<u8>
 /// For tests: a node.
 #[cfg(test)]
 pub(super) fn node(name: &str, uid: &str, cidrs: &[&str], annotations: &[(&str, &str)]) -> Node {
-    let annotations = annotations
-        .iter()
-        .map(|(key, value)| Annotation { key: (*key).into(), value: (*value).into() });
+    let annotations = annotations.iter().map(|(key, value)| Annotation {
+        key: Bytes::copy_from_slice(key.as_bytes()),
+        value: Bytes::copy_from_slice(value.as_bytes()),
+    });
     Node {
         metadata: Some(ObjectMeta {
             name: name.into(),
