@@ -2,8 +2,17 @@
 //! `tests/corpus.rs` with those of `corpus`.
 
 #![allow(dead_code, unreachable_pub)] // each target runs one
+#![allow(clippy::unwrap_used, clippy::disallowed_methods)] // a clock to start from
 
+use std::time::{Duration, Instant, SystemTime};
+
+use flanneld::config::NetworkConfig;
 use flanneld::forward::{Joined, Kinds, Merger, Split, complete_checksum};
+use flanneld::http::{HeaderList, HttpEvent};
+use flanneld::lease::LeaseAttrs;
+use flanneld::store::kube::annotations::Prefix;
+use flanneld::store::kube::{Kube, Setup, Who};
+use flanneld::store::{Identity, Now, Store, StoreEvent, StoreRequest};
 use flanneld::wire::vnet::{Header, Kind};
 use flanneld::wire::{icmp, icmpv6, ip, ipv4, ipv6, tcp};
 
@@ -136,5 +145,47 @@ pub fn refuse(data: &[u8]) {
             }
             Err(_) => {}
         }
+    }
+}
+
+/// What an API server says, one answer after the other, separated by the byte 0xfe: whatever it is, the store goes on, and does
+/// not ask in circles.
+pub fn kubernetes(data: &[u8]) {
+    let config = r#"{"Network":"10.244.0.0/16","EnableIPv6":true,"IPv6Network":"fd00::/48","Backend":{"Type":"vxlan"}}"#;
+    let setup = Setup {
+        who: Who::Node("own".into()),
+        prefix: Prefix::parse("flannel.alpha.coreos.com").unwrap(),
+        config: NetworkConfig::parse(config).unwrap(),
+        set_condition: true,
+        endpoints: vec!["https://10.0.0.1".into()],
+        credential: String::new(),
+        cluster: 0,
+    };
+    let mut store = Kube::new(setup, 1);
+    let mut now = Now { mono: Instant::now(), wall: SystemTime::UNIX_EPOCH };
+    let headers = HeaderList::default();
+    let mut answers = data.split(|byte| *byte == 0xfe);
+    for _ in 0..32 {
+        let mut asked = 0;
+        while let Some(request) = store.poll_request(now) {
+            asked += 1;
+            assert!(asked < 8, "it asks in circles");
+            let StoreRequest::Start(lane, _) = request else { continue };
+            let Some(answer) = answers.next() else { return };
+            store.handle_http(lane, HttpEvent::Head { status: 200, headers: &headers }, now);
+            for piece in answer.chunks(50) {
+                store.handle_http(lane, HttpEvent::Body(piece), now);
+            }
+            store.handle_http(lane, HttpEvent::Done, now);
+        }
+        while let Some(event) = store.poll_event() {
+            match event {
+                StoreEvent::Config(_) => store.identify(Identity::default(), now),
+                StoreEvent::Found(_) => store.acquire(LeaseAttrs::default(), now),
+                _ => {}
+            }
+        }
+        store.set_ready();
+        now.mono += Duration::from_secs(60);
     }
 }

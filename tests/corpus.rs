@@ -40,3 +40,8 @@ fn merge() {
 fn refuse() {
     replay("refuse", bodies::refuse);
 }
+
+#[test]
+fn kubernetes() {
+    replay("kubernetes", bodies::kubernetes);
+}

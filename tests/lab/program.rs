@@ -1,5 +1,6 @@
 //! The program as its operators and its service manager see it.
 
+use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixDatagram;
 use std::process::{Command, Output};
@@ -138,6 +139,32 @@ fn readiness_is_true() {
     until("ready again", PATIENCE, || readyz() == "flanneld is ready:200");
     assert!(manager.recv(&mut buffer).is_err(), "said once");
     drop(agent);
+}
+
+/// `install-conf` puts a file in its place, whole, with its mode, and says what it cannot do.
+#[test]
+fn install_conf() {
+    let world = World::new();
+    let (source, target) =
+        (world.dir.join("cni-conf.json"), world.dir.join("net.d/10-flannel.conflist"));
+    let install = |args: &[&std::path::Path]| {
+        let output = Command::new(env!("CARGO_BIN_EXE_install-conf")).args(args).output().unwrap();
+        (output.status.code(), String::from_utf8(output.stderr).unwrap())
+    };
+    fs::create_dir_all(target.parent().unwrap()).unwrap();
+    fs::write(&source, "one").unwrap();
+    fs::set_permissions(&source, fs::Permissions::from_mode(0o640)).unwrap();
+    for content in ["one", "two"] {
+        fs::write(&source, content).unwrap();
+        assert_eq!(install(&[&source, &target]), (Some(0), String::new()));
+        assert_eq!(fs::read_to_string(&target).unwrap(), content);
+        assert_eq!(fs::metadata(&target).unwrap().permissions().mode() & 0o777, 0o640);
+    }
+    assert_eq!(fs::read_dir(target.parent().unwrap()).unwrap().count(), 1);
+    let (status, says) = install(&[std::path::Path::new("/nowhere"), &target]);
+    assert!(status == Some(1) && says.starts_with("error installing \"/nowhere\""), "{says}");
+    let (status, says) = install(&[&source]);
+    assert!(status == Some(1) && says.contains("usage"), "{says}");
 }
 
 #[test]
