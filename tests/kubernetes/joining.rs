@@ -256,3 +256,32 @@ fn other_backends() {
         agent.stop();
     }
 }
+
+/// The operator's address goes before ours, also when the API server was away at the start; and the second of two servers will do.
+#[test]
+fn an_address_that_the_operator_sets() {
+    let mut cluster = Cluster::new();
+    cluster.add_node("n1", &["10.244.1.0/24"]);
+    cluster.add_go_node("go", "10.244.7.0/24", "192.168.77.207", "02:00:00:00:00:07");
+    cluster.annotate("n1", &[("node-public-ip", json!("172.18.0.9"))]);
+    let host = cluster.world.host();
+    let urls = "-kube-api-url=https://192.168.77.1:1,https://192.168.77.1:6443";
+    let agent = cluster.start(&host, "n1", VXLAN, &[urls]);
+    agent.wait_ready();
+    assert!(!agent.log().lines().any(|line| line.starts_with(['W', 'E'])), "{}", agent.log());
+    assert_eq!(cluster.annotation("n1", "public-ip").as_deref(), Some("172.18.0.9"));
+    until("the view is saved", PATIENCE, || {
+        fs::read_to_string(host.dir.join("data/view.jsonl"))
+            .is_ok_and(|view| view.contains("10.244.7.0/24"))
+    });
+    agent.kill();
+    cluster.kill();
+    let again = cluster.start(&host, "n1", VXLAN, &[urls]);
+    again.wait_for("coming up with the view of an earlier life");
+    cluster.restart();
+    again.wait_for("starting over");
+    again.wait_for("lease 10.244.1.0/24 is ours");
+    std::thread::sleep(Duration::from_secs(2));
+    assert_eq!(cluster.annotation("n1", "public-ip").as_deref(), Some("172.18.0.9"));
+    assert!(host.routes().contains("10.244.7.0/24"));
+}

@@ -89,9 +89,9 @@ fn the_environment_stands_in_for_flags() {
     let command = command.arg("--etcd-prefix=/elsewhere/").stderr(std::process::Stdio::null());
     let _agent = super::world::Process::start("flanneld", command);
     until("the subnet file", PATIENCE, || host.subnet_file().exists());
-    let mode = std::fs::metadata(host.subnet_file()).unwrap().permissions().mode();
+    let mode = fs::metadata(host.subnet_file()).unwrap().permissions().mode();
     assert_eq!(mode & 0o777, 0o644);
-    let text = std::fs::read_to_string(host.subnet_file()).unwrap();
+    let text = fs::read_to_string(host.subnet_file()).unwrap();
     let subnet = host.env("FLANNEL_SUBNET").unwrap();
     assert_eq!(
         text,
