@@ -285,3 +285,34 @@ fn an_address_that_the_operator_sets() {
     assert_eq!(cluster.annotation("n1", "public-ip").as_deref(), Some("172.18.0.9"));
     assert!(host.routes().contains("10.244.7.0/24"));
 }
+
+/// A cluster without IPv4 for its pods.
+#[test]
+fn ipv6_only() {
+    let config = r#"{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fd00:244::/48","Backend":{"Type":"vxlan"}}"#;
+    let mut cluster = Cluster::new();
+    let hosts = cluster.world.hosts(2);
+    let agents: Vec<Agent> = hosts
+        .iter()
+        .map(|host| {
+            let name = format!("n{}", host.number);
+            cluster.add_node(&name, &[&format!("fd00:244:0:{}::/64", host.number)]);
+            cluster.start(host, &name, config, &[])
+        })
+        .collect();
+    agents.iter().for_each(Agent::wait_ready);
+    hosts.iter().for_each(Host::add_container);
+    let ip = hosts[1].container_ip6().unwrap();
+    until("the first ping", PATIENCE, || hosts[0].ping(&ip).is_ok());
+    let mac = hosts[0].run("cat /sys/class/net/flannel-v6.1/address");
+    let mut expected = json!({});
+    for (key, value) in [
+        ("backend-v6-data", format!(r#"{{"VNI":1,"VtepMAC":"{}"}}"#, mac.trim())),
+        ("backend-type", "vxlan".into()),
+        ("kube-subnet-manager", "true".into()),
+        ("public-ipv6", hosts[0].ip6()),
+    ] {
+        expected[format!("{PREFIX}{key}")] = value.into();
+    }
+    assert_eq!(cluster.node("n1")["metadata"]["annotations"], expected);
+}

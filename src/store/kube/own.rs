@@ -28,7 +28,6 @@ pub(super) struct Own {
     pub(super) lease: Option<OwnLease>,
     /// The subnets that the agent was last told to be ours: others' leases on them mean nothing to it.
     pub(super) told: Option<Subnets>,
-
     /// Annotations that it does not have as they should be.
     pub(super) changes: Vec<(String, String)>,
     /// What we wrote last. When somebody else writes it, too, we answer slower and slower.
@@ -60,11 +59,9 @@ impl Own {
             due: true,
             lease: None,
             told: None,
-
             changes: Vec::new(),
             written: Vec::new(),
             written_at: None,
-
             fight: Backoff::new(FIGHT_FIRST, FIGHT_CAP, seed),
             retry: Backoff::new(WAIT_FIRST, WAIT_CAP, seed),
         }
@@ -89,7 +86,6 @@ impl OwnNode {
             created: metadata.created(),
             version: metadata.resource_version,
             uid: metadata.uid,
-
             has_network,
         })
     }
