@@ -159,7 +159,6 @@ pub fn kubernetes(data: &[u8]) {
         set_condition: true,
         endpoints: vec!["https://10.0.0.1".into()],
         credential: String::new(),
-        cluster: 0,
     };
     let mut store = Kube::new(setup, 1);
     let mut now = Now { mono: Instant::now(), wall: SystemTime::UNIX_EPOCH };

@@ -40,6 +40,7 @@ pub mod kernel;
 pub mod lease;
 mod netlink;
 pub mod notify;
+mod quote;
 pub mod store;
 pub mod subnet_file;
 pub mod sys;

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::NetworkConfig;
 use crate::lease::{Lease, LeaseAttrs, Subnets};
+use crate::store::PublicAddresses;
 use crate::subnet_file;
 
 /// Version of the format; another one is not read.
@@ -28,6 +29,8 @@ pub struct View {
     pub own: Lease,
     /// The other hosts'.
     pub peers: Vec<Lease>,
+    /// What the store's operator had set for this host.
+    pub set: PublicAddresses,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -38,6 +41,10 @@ struct Header<'a> {
     #[serde(borrow)]
     own: Line<'a>,
     peers: usize,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    set_ip: Option<std::net::Ipv4Addr>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    set_ipv6: Option<std::net::Ipv6Addr>,
 }
 
 /// A lease on a line of its own.
@@ -107,6 +114,7 @@ pub fn render<'a>(
     store: &str,
     config: &NetworkConfig,
     own: &Lease,
+    set: PublicAddresses,
     peers: impl Iterator<Item = &'a Lease> + Clone,
 ) -> io::Result<Vec<u8>> {
     let header = Header {
@@ -115,6 +123,8 @@ pub fn render<'a>(
         config: config.document.clone(),
         own: Line::of(own),
         peers: peers.clone().count(),
+        set_ip: set.v4,
+        set_ipv6: set.v6,
     };
     let mut content = Vec::new();
     serde_json::to_writer(&mut content, &header)?;
@@ -177,6 +187,7 @@ fn read(mut file: impl BufRead, store: &str) -> Result<Option<View>, String> {
     }
     let config = NetworkConfig::parse(&header.config)
         .map_err(|error| format!("its network config: {error}"))?;
+    let set = PublicAddresses { v4: header.set_ip, v6: header.set_ipv6 };
     let own = header.own.lease().ok_or("its own lease has no valid subnet")?;
     let count = header.peers.min(MOST);
     let mut peers = Vec::with_capacity(count.min(10_000));
@@ -187,7 +198,7 @@ fn read(mut file: impl BufRead, store: &str) -> Result<Option<View>, String> {
             serde_json::from_str(&line).map_err(|error| format!("{what}: {error}"))?;
         peers.push(lease.lease().ok_or_else(|| format!("{what} has no valid subnet"))?);
     }
-    Ok(Some(View { config, own, peers }))
+    Ok(Some(View { config, own, peers, set }))
 }
 
 #[cfg(test)]
@@ -215,12 +226,13 @@ mod tests {
         let config =
             NetworkConfig::parse(r#"{"Network":"10.3.0.0/16","Backend":{"Type":"vxlan"}}"#)
                 .unwrap();
-        View { config, own: lease(1), peers: vec![lease(2), dual] }
+        let set = PublicAddresses { v4: Some([1, 2, 3, 4].into()), v6: None };
+        View { config, own: lease(1), peers: vec![lease(2), dual], set }
     }
 
     fn saved(dir: &Path) -> Vec<u8> {
         let view = view();
-        let content = render("etcd /a", &view.config, &view.own, view.peers.iter()).unwrap();
+        let content = render("etcd /a", &view.config, &view.own, view.set, view.peers.iter()).unwrap();
         write(dir, &content).unwrap();
         fs::read(path(dir)).unwrap()
     }

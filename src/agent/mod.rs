@@ -160,7 +160,6 @@ fn store(settings: &Settings, seed: u64) -> Result<(Box<dyn Store>, Access), Str
                 set_condition: kube.set_condition,
                 endpoints: found.access.endpoints.clone(),
                 credential: found.credential(),
-                cluster: found.cluster,
             };
             Ok((Box::new(Kube::new(setup, seed)), found.access))
         }

@@ -67,6 +67,8 @@ pub(super) struct Network {
     /// Networks of earlier lives, whose rules are removed.
     past: Vec<IpNet>,
     own: Option<OwnLease>,
+    /// Addresses that the store's operator has set.
+    set: PublicAddresses,
     /// Why our lease is not ours any more.
     lost: Option<String>,
     /// The subnet file must be written as soon as what it promises is there.
@@ -112,6 +114,7 @@ impl Network {
             rules: None,
             past,
             own: None,
+            set: PublicAddresses::default(),
             lost: None,
             file_due: false,
             file_written: false,
@@ -339,24 +342,21 @@ impl Network {
             "network config: {}",
             config.document.split_whitespace().collect::<Vec<_>>().join(" ")
         );
-        // the saved view may have brought up another network than the one that is wanted now
-        if let Some(dataplane) = self.dataplane.take_if(|dataplane| *dataplane.config() != config) {
-            warn!("the network config has changed since the view was saved: starting over");
+        // the saved view may have brought up something else than what is wanted now
+        let set = self.store.public_addresses();
+        let same_config = |dataplane: &Dataplane| *dataplane.config() == config;
+        let other = match &self.dataplane {
+            Some(dataplane) if !same_config(dataplane) => Some("network config"),
+            Some(_) if set != self.set => Some("address that the operator sets"),
+            _ => None,
+        };
+        self.set = set;
+        if let Some((what, dataplane)) = other.and_then(|what| Some((what, self.dataplane.take()?)))
+        {
+            warn!("the {what} has changed since the view was saved: starting over");
             dataplane.close(registry);
             self.own = None;
             self.file_written = false;
-        }
-        // an address that only the store knows of was not known when the saved view was used
-        if self.store.public_addresses() != PublicAddresses::default()
-            && let Some(dataplane) = self.dataplane.take()
-        {
-            let (underlay, _) = self.choose_underlay(&config)?;
-            if underlay == *dataplane.underlay() {
-                self.dataplane = Some(dataplane);
-            } else {
-                warn!("our addresses are others than when the view was saved: starting over");
-                dataplane.close(registry);
-            }
         }
         let underlay = match &self.dataplane {
             Some(dataplane) => dataplane.underlay().clone(),
@@ -384,10 +384,9 @@ impl Network {
     }
 
     fn choose_underlay(&self, config: &NetworkConfig) -> Result<(Underlay, Inventory), Fatal> {
-        let set = self.store.public_addresses();
         let mut wanted = self.settings.interface.clone();
-        wanted.public_ip = set.v4.or(wanted.public_ip);
-        wanted.public_ipv6 = set.v6.or(wanted.public_ipv6);
+        wanted.public_ip = self.set.v4.or(wanted.public_ip);
+        wanted.public_ipv6 = self.set.v6.or(wanted.public_ipv6);
         let inventory = Inventory::read(wanted.can_reach)
             .map_err(|error| Fatal(format!("list the network interfaces: {error}")))?;
         let families = Families { v4: config.v4.is_some(), v6: config.v6.is_some() };
@@ -487,7 +486,8 @@ impl Network {
         if self.dataplane.is_some() || self.joining.is_some() {
             return Ok(());
         }
-        let Some(View { config, own, peers }) = self.saved.clone() else { return Ok(()) };
+        let Some(View { config, own, peers, set }) = self.saved.clone() else { return Ok(()) };
+        self.set = set;
         warn!(
             "{} does not answer: coming up with the view of an earlier life, lease {} and {} peers",
             self.store.describe(),
@@ -542,8 +542,9 @@ impl Network {
         let (Some(dataplane), Some(own)) = (&self.dataplane, &self.own) else { return };
         let peers: Vec<&Lease> = dataplane.leases().collect();
         let config = dataplane.config();
-        let started = view::render(&self.store.name(), config, &own.lease, peers.iter().copied())
-            .and_then(|content| self.saver.start(self.settings.data_dir.clone(), content, now));
+        let started =
+            view::render(&self.store.name(), config, &own.lease, self.set, peers.iter().copied())
+                .and_then(|content| self.saver.start(self.settings.data_dir.clone(), content, now));
         if let Err(error) = started {
             self.saved_view(Err(error), now);
         }

@@ -457,6 +457,10 @@ impl Client {
             }
             _ => return,
         };
+        // an event from before the pause
+        if busy.paused_until.is_some() {
+            return;
+        }
         busy.more_since = None;
         let mut refused = false;
         let turn = busy.conn.turn(&mut |event| {

@@ -16,6 +16,7 @@ use mio::Waker;
 use serde::Deserialize;
 
 use super::access::{Credentials, Pem, Plugin, Source};
+use crate::quote::shorten;
 use crate::sys;
 
 /// How long a plugin may run.
@@ -168,7 +169,7 @@ fn ask(plugin: &Plugin) -> Result<Issued, String> {
             .map_or("it took too long".into(), |status| format!("exit status {status}"));
         return Err(format!(
             "the credential plugin {called} failed: {status}: {}",
-            complaint.trim()
+            shorten(&complaint)
         ));
     }
     parse(&finished.output, wall())
@@ -213,7 +214,7 @@ fn parse(output: &[u8], wall: SystemTime) -> Result<Issued, String> {
     let lifetime = match status.expiration_timestamp {
         None => UNLIMITED,
         Some(text) => humantime::parse_rfc3339(&text)
-            .map_err(|error| format!("expirationTimestamp {text:?}: {error}"))?
+            .map_err(|error| format!("expirationTimestamp {:?}: {error}", shorten(&text)))?
             .duration_since(wall)
             .unwrap_or_default(),
     };

@@ -27,14 +27,3 @@ impl Trouble {
         !std::mem::take(&mut self.told).is_empty()
     }
 }
-
-/// Cuts text of others to what a log line can bear.
-pub(super) fn shorten(text: &str) -> String {
-    const SHOWN: usize = 200;
-    let mut short: String =
-        text.trim().chars().take(SHOWN).map(|c| if c.is_control() { ' ' } else { c }).collect();
-    if text.trim().chars().count() > SHOWN {
-        short.push('…');
-    }
-    short
-}

@@ -3,7 +3,7 @@
 use super::Etcd;
 use super::dialect::Row;
 use crate::lease::{Lease, LeaseAttrs, Subnets, key, value};
-use crate::store::trouble::shorten;
+use crate::quote::shorten;
 use crate::store::{Now, StoreEvent};
 
 /// The last list, until it has been passed on.

@@ -12,7 +12,7 @@ use super::dialect::{
 };
 use crate::http::elements::{Elements, Item};
 use crate::http::{HeaderList, Method};
-use crate::store::trouble::shorten;
+use crate::quote::shorten;
 
 /// Error codes of the keys API.
 mod code {

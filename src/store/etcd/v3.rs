@@ -13,7 +13,7 @@ use super::dialect::{
 };
 use crate::http::elements::{Elements, Item};
 use crate::http::{HeaderList, Method};
-use crate::store::trouble::shorten;
+use crate::quote::shorten;
 
 /// Leases of one page of a list.
 const PAGE: u64 = 1000;

@@ -3,7 +3,6 @@
 
 use std::fmt::Write as _;
 use std::fs;
-use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 
 use base64::Engine as _;
@@ -33,8 +32,6 @@ const IN_POD: Called = Called {
 pub struct Found {
     /// For the HTTP client.
     pub access: Access,
-    /// Tells this cluster from others: by its authority, or else by where it is.
-    pub cluster: u64,
     /// One line each, for the log.
     pub warnings: Vec<String>,
 }
@@ -87,14 +84,6 @@ pub fn find(settings: &settings::Kube) -> Result<Found, String> {
             .warnings
             .push("credentials are sent over plain http: anybody on the way can read them".into());
     }
-    let mut hasher = DefaultHasher::new();
-    match &found.access.tls.ca {
-        Some(Pem::Text(text, _)) => text.hash(&mut hasher),
-        // what is wrong with the file will be said when it is used
-        Some(Pem::File(path)) => fs::read(path).unwrap_or_default().hash(&mut hasher),
-        None => found.access.endpoints.hash(&mut hasher),
-    }
-    found.cluster = hasher.finish();
     Ok(found)
 }
 
@@ -195,7 +184,7 @@ fn kubeconfig(text: &str, directory: &Path) -> Result<Found, String> {
     let source = source(cluster, user, directory)?;
     let fields = impersonation(user)?;
     let access = Access { endpoints, tls, credentials: Credentials { source, fields } };
-    Ok(Found { access, warnings, cluster: 0 })
+    Ok(Found { access, warnings })
 }
 
 fn source(cluster: &Yaml, user: &Yaml, directory: &Path) -> Result<Source, String> {
@@ -353,7 +342,7 @@ users:
 
     #[test]
     fn the_current_context() {
-        let Found { access, warnings, .. } = read(WHOLE).unwrap();
+        let Found { access, warnings } = read(WHOLE).unwrap();
         assert_eq!(access.endpoints, ["https://10.0.0.1:6443"]);
         assert_eq!(access.tls.ca, Some(Pem::File("/etc/kubernetes/ca.crt".into())));
         let key = Pem::Text(b"key"[..].into(), "client-key");
@@ -405,7 +394,7 @@ users:
         let text = r#"{"current-context":"c","contexts":[{"name":"c","context":{"cluster":"d","user":"u"}}],
             "clusters":[{"name":"d","cluster":{"server":"http://h","insecure-skip-tls-verify":true}}],
             "users":[{"name":"u","user":{"token":"t"}}]}"#;
-        let Found { access, warnings, .. } = read(text).unwrap();
+        let Found { access, warnings } = read(text).unwrap();
         assert!(access.tls.unverified && warnings.len() == 1);
         assert_eq!(access.endpoints, ["http://h"]);
     }

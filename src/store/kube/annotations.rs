@@ -10,8 +10,8 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use super::wire::Annotation;
 use crate::config::NetworkConfig;
 use crate::lease::{LeaseAttrs, Subnets, value};
+use crate::quote::shorten;
 use crate::store::PublicAddresses;
-use crate::store::trouble::shorten;
 
 /// What stands for no data.
 const NO_DATA: &str = "null";

@@ -1,6 +1,7 @@
 //! Lists of nodes, and nodes that are read one by one: what each says, and when which is due.
 
 use std::collections::BTreeSet;
+use std::ops::Bound;
 use std::time::{Duration, Instant};
 
 use log::{debug, info};
@@ -16,8 +17,8 @@ use crate::store::StoreEvent;
 /// A list waits up to so long for each node that there is, so that agents that start together do not all list together.
 const JITTER_PER_NODE: Duration = Duration::from_millis(1);
 const JITTER_CAP: Duration = Duration::from_secs(10);
-/// A node that takes part and has no podCIDR is looked at again; seldom, if that goes on.
-const PENDING_FIRST: Duration = Duration::from_secs(5);
+/// A node that takes part, has no podCIDR and is silent is looked at again; seldom, if that goes on.
+const PENDING_FIRST: Duration = Duration::from_secs(30);
 const PENDING_CAP: Duration = Duration::from_secs(600);
 /// So many nodes are looked at like that.
 const PENDING: usize = 1000;
@@ -77,6 +78,7 @@ impl Kube {
         if !metadata_only {
             self.queue.clear();
             self.pending.clear();
+            self.done(Job::Fetch);
         }
         self.listing = Some(Listing::new(metadata_only, freshness));
         let nodes = if self.listed {
@@ -165,7 +167,7 @@ impl Kube {
             self.handle_deleted(&name, now);
         }
         for name in listing.changed {
-            self.queue.insert(name, listing.version.clone());
+            self.want(name, listing.version.clone(), now);
         }
         self.check_queue(now);
     }
@@ -195,24 +197,44 @@ impl Kube {
 
     /// Notes what is wrong with a node, and forgets what was.
     pub(super) fn judge(&mut self, seen: &mut Seen, now: Instant) {
-        let ours = self.own.told;
-        if matches!(&seen.standing, Standing::Peer(lease) if Some(lease.subnets) == ours) {
+        if matches!(&seen.standing, Standing::Peer(lease) if Some(lease.subnets) == self.own.told) {
             seen.standing = Standing::Wrong("its podCIDR is that of this host".into());
         }
-        let Standing::Wrong(reason) = &seen.standing else {
-            self.complaints.forget(&seen.name);
-            self.pending.remove(&seen.name);
-            return;
+        let name = &seen.name;
+        let reason = match &seen.standing {
+            Standing::Wrong(reason) => reason,
+            Standing::Early => "it has no podCIDR",
+            Standing::Apart | Standing::Peer(_) => {
+                self.complaints.forget(name);
+                self.pending.remove(name);
+                return;
+            }
         };
-        let text = format!("node {:?} is ignored: {reason}", seen.name);
-        self.complaints.note(&seen.name, reason, &text, now);
-        // a podCIDR that comes late is not to be seen in the metadata
-        let seed = self.random();
-        if self.pending.len() < PENDING || self.pending.contains_key(&seen.name) {
-            let fresh = || (now, Backoff::new(PENDING_FIRST, PENDING_CAP, seed));
-            let (at, backoff) = self.pending.entry(seen.name.clone()).or_insert_with(fresh);
+        self.complaints.note(name, reason, &format!("node {name:?} is ignored: {reason}"), now);
+        // its next event may be about a podCIDR, which the metadata does not show; should there be none, it is looked at by and by
+        if !matches!(seen.standing, Standing::Early) {
+            self.pending.remove(name);
+        } else if self.pending.len() < PENDING || self.pending.contains_key(name) {
+            let fresh = || (now, Backoff::new(PENDING_FIRST, PENDING_CAP, 0));
+            let (at, backoff) = self.pending.entry(name.clone()).or_insert_with(fresh);
             *at = now + backoff.failed();
         }
+    }
+
+    /// This node must be read, not older than `version`. A moment later: all agents have heard of it at the same time.
+    pub(super) fn want(&mut self, name: Box<str>, version: String, now: Instant) {
+        if self.queue.is_empty() && !self.waits.contains_key(&Job::Fetch) {
+            let wait = self.jitter(self.nodes.len());
+            self.waits.insert(Job::Fetch, now + wait);
+        }
+        self.queue.insert(name, version);
+    }
+
+    /// The node that is read next: each has its turn.
+    pub(super) fn next_wanted(&self) -> Option<(&str, &str)> {
+        let after = (Bound::Excluded(self.read_last.clone()), Bound::Unbounded);
+        let next = self.queue.range(after).next().or_else(|| self.queue.first_key_value());
+        next.map(|(name, version)| (&**name, &**version))
     }
 
     pub(super) fn contested(&mut self, name: &str, rival: &str, now: Instant) {
@@ -224,10 +246,13 @@ impl Kube {
     pub(super) fn tell_outcome(&mut self, name: &str, outcome: Outcome, now: Instant) {
         self.events.extend(outcome.events.into_iter().map(StoreEvent::Event));
         for heir in outcome.heirs {
-            self.queue.insert(heir, String::new());
+            self.want(heir, self.cursor.clone().unwrap_or_default(), now);
         }
         if let Some(rival) = outcome.rival {
             self.contested(name, &rival, now);
+        }
+        if let Some(displaced) = outcome.displaced {
+            self.contested(&displaced, name, now);
         }
     }
 
@@ -239,6 +264,10 @@ impl Kube {
             self.task.as_mut().filter(|task| task.job == Job::Fetch && *task.name == *name)
         {
             task.outdated = true;
+        }
+        let reading = self.task.as_ref().is_some_and(|task| task.job == Job::Fetch);
+        if self.queue.is_empty() && !reading {
+            self.done(Job::Fetch);
         }
         let outcome = self.nodes.remove(name);
         self.tell_outcome(name, outcome, now);

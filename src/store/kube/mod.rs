@@ -108,13 +108,12 @@ pub struct Setup {
     pub endpoints: Vec<String>,
     /// What the credentials are, for messages.
     pub credential: String,
-    /// Tells this cluster from others.
-    pub cluster: u64,
 }
 
 /// The store.
 #[derive(Debug)]
 pub struct Kube {
+    name: String,
     who: Who,
     prefix: Prefix,
     config: NetworkConfig,
@@ -122,7 +121,6 @@ pub struct Kube {
     alone: bool,
     endpoints: Vec<String>,
     credential: String,
-    cluster: u64,
     set_condition: bool,
     random: u64,
 
@@ -140,6 +138,8 @@ pub struct Kube {
     cursor: Option<String>,
     /// Nodes to be read, and how fresh.
     queue: BTreeMap<Box<str>, String>,
+    /// The one that was read last.
+    read_last: Box<str>,
     /// Nodes that are looked at again.
     pending: BTreeMap<Box<str>, (Instant, Backoff)>,
 
@@ -168,16 +168,22 @@ pub struct Kube {
 impl Kube {
     /// A store. `random` seeds jitter.
     pub fn new(setup: Setup, random: u64) -> Self {
-        let Setup { who, prefix, config, set_condition, endpoints, credential, cluster } = setup;
+        let Setup { who, prefix, config, set_condition, endpoints, credential } = setup;
+        // also while a pod does not know its node yet
+        let of = match &who {
+            Who::Node(name) => format!("node {name}"),
+            Who::Pod { namespace, .. } => format!("pods of {namespace}"),
+        };
+        let name = format!("kubernetes {} {of}", prefix.as_str());
         let turn = |seed| Turn::new(RETRY_FIRST, Duration::from_secs(60), seed);
         Self {
+            name,
             who,
             prefix,
             alone: config.backend_type == "alloc",
             config,
             endpoints,
             credential,
-            cluster,
             random: random | 1,
             set_condition,
             begun: false,
@@ -191,6 +197,7 @@ impl Kube {
             listed: false,
             cursor: None,
             queue: BTreeMap::new(),
+            read_last: Box::default(),
             pending: BTreeMap::new(),
             task: None,
             unary: turn(random),
@@ -245,7 +252,7 @@ impl Kube {
         }
         if self.listing.is_none()
             && may(Job::Fetch)
-            && let Some((name, version)) = self.queue.first_key_value()
+            && let Some((name, version)) = self.next_wanted()
         {
             return Some((Job::Fetch, self.get_node(name, version)));
         }
@@ -264,11 +271,7 @@ impl Kube {
 
 impl Store for Kube {
     fn name(&self) -> String {
-        let who = match &self.who {
-            Who::Node(name) => format!("node {name}"),
-            Who::Pod { namespace, .. } => format!("pods {namespace}"),
-        };
-        format!("kubernetes {} {who} {:x}", self.prefix.as_str(), self.cluster)
+        self.name.clone()
     }
 
     fn describe(&self) -> String {
@@ -328,7 +331,7 @@ impl Store for Kube {
             if let Some((at, backoff)) = self.pending.get_mut(&name) {
                 *at = now.mono + backoff.failed();
             }
-            self.queue.entry(name).or_default();
+            self.want(name, self.cursor.clone().unwrap_or_default(), now.mono);
         }
         if self.unary.may_start(now.mono)
             && let Some((job, request)) = self.next_task(now)

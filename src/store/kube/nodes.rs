@@ -28,6 +28,8 @@ pub(super) enum Standing {
     Peer(Box<Lease>),
     /// It says that it does, and this is wrong with it.
     Wrong(String),
+    /// It says that it does, and has no podCIDR yet.
+    Early,
 }
 
 impl Seen {
@@ -40,10 +42,12 @@ impl Seen {
             let subnets = annotations::subnets(&cidrs, config)?;
             Ok(Lease { subnets, attrs: published.attrs(config)?, created })
         };
-        let standing = if published.takes_part() {
-            lease().map_or_else(Standing::Wrong, |lease| Standing::Peer(Box::new(lease)))
-        } else {
+        let standing = if !published.takes_part() {
             Standing::Apart
+        } else if cidrs.is_empty() {
+            Standing::Early
+        } else {
+            lease().map_or_else(Standing::Wrong, |lease| Standing::Peer(Box::new(lease)))
         };
         let print = prefix.print(&metadata.annotations, &metadata.uid);
         Self { name: metadata.name.into(), print, created, standing }
@@ -66,6 +70,8 @@ pub(super) struct Outcome {
     pub(super) heirs: Vec<Box<str>>,
     /// The node whose subnets these are, too, and older.
     pub(super) rival: Option<Box<str>>,
+    /// A younger node that had these subnets until now.
+    pub(super) displaced: Option<Box<str>>,
 }
 
 /// A node, and an older one with the same subnets.
@@ -102,7 +108,7 @@ impl Nodes {
         let mut outcome = Outcome::default();
         let lease = match standing {
             Standing::Peer(lease) => Some(lease),
-            Standing::Apart | Standing::Wrong(_) => None,
+            Standing::Apart | Standing::Wrong(_) | Standing::Early => None,
         };
         let subnets = lease.as_ref().map(|lease| lease.subnets);
         let before = self.known.insert(name.clone(), Known { print, created, subnets });
@@ -124,7 +130,8 @@ impl Nodes {
         match older {
             Some(owner) => outcome.rival = Some(owner.clone()),
             None => {
-                self.owners.insert(lease.subnets, name);
+                let before = self.owners.insert(lease.subnets, name.clone());
+                outcome.displaced = before.filter(|before| *before != name);
                 outcome.events.push(LeaseEvent::Put(*lease));
             }
         }

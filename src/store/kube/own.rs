@@ -184,6 +184,8 @@ impl Kube {
 
         self.done(Job::Own);
         self.done(Job::Publish);
+        self.backoffs.remove(&Job::Publish);
+
         let moved = self.own.told.replace(subnets).is_some_and(|before| before != subnets);
         if self.own.lease.as_ref() != Some(&own) {
             self.own.lease = Some(own.clone());
@@ -258,7 +260,15 @@ impl Kube {
                 node.published = self.prefix.read(&metadata.annotations);
                 node.print = self.prefix.print(&metadata.annotations, &metadata.uid);
                 node.version = metadata.resource_version;
+                let kept = node.published.carries(&self.prefix, &self.own.written);
                 self.settle(now);
+                if !kept {
+                    let reason = format!(
+                        "the API server does not keep the annotations that we write to node {:?}: an admission plugin changes them",
+                        self.node_name()
+                    );
+                    self.wait(Job::Publish, reason, Duration::ZERO, now);
+                }
             }
             _ => self.own.due = true,
         }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::wire::{self, Status};
 use super::{Job, Kube, Who};
 use crate::http::{HeaderList, Method, Request};
-use crate::store::trouble::shorten;
+use crate::quote::shorten;
 
 /// Time limit of a short request. The server may let it queue for a while before it is served.
 const DEADLINE: Duration = Duration::from_secs(20);

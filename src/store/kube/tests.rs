@@ -44,6 +44,8 @@ struct Server {
     requests: u64,
     patches: u64,
     whole_lists: u64,
+    /// It does not keep what is written.
+    drops: bool,
 }
 
 impl Server {
@@ -117,7 +119,9 @@ impl Server {
                 return self.no(404, "not found");
             };
             for (key, value) in patch["metadata"]["annotations"].as_object().into_iter().flatten() {
-                set(&mut node, key, value.as_str().unwrap());
+                if !self.drops {
+                    set(&mut node, key, value.as_str().unwrap());
+                }
             }
             self.put(node);
             return (200, wire::seal(&wire::metadata(&self.nodes[name])));
@@ -216,7 +220,6 @@ impl Host {
             set_condition: false,
             endpoints: vec!["https://10.0.0.1".into()],
             credential: "a token".into(),
-            cluster: 7,
         };
         Self {
             store: Kube::new(setup, seed),
@@ -413,6 +416,13 @@ impl Host {
         self.now.wall += time;
     }
 
+    /// Hears of a change, and asks for what it is: the answer takes 50 ms.
+    fn begin_to_read(&mut self, server: &mut Server) {
+        self.turn(server, None, Duration::from_millis(50));
+        self.pass(Duration::from_millis(10));
+        self.turn(server, None, Duration::from_millis(50));
+    }
+
     fn cut_watch(&mut self) {
         if self.watch.take().is_some() {
             let event = HttpEvent::Failed("connection reset");
@@ -520,6 +530,56 @@ fn heart_beats_ask_for_nothing() {
     host.check(&server);
 }
 
+/// An admission plugin that takes our annotations away again is not written against in a circle.
+#[test]
+fn a_server_that_does_not_keep_what_we_write() {
+    let (mut server, mut host) = (cluster(1), Host::new(1));
+    server.drops = true;
+    host.settle(&mut server, Duration::from_secs(600));
+    assert!((3..60).contains(&server.patches), "{}", server.patches);
+    assert!(host.log.len() == 1 && host.log[0].contains("does not keep"), "{:?}", host.log);
+    server.drops = false;
+    host.settle(&mut server, Duration::from_secs(60));
+    host.check(&server);
+}
+
+/// What can only be put right by another event is not asked for; a podCIDR that comes late is seen with its event.
+#[test]
+fn ignored_nodes_cost_nothing() {
+    let (mut server, mut host) = (cluster(1), Host::new(1));
+    for number in 0..50 {
+        server.add(&format!("bad{number}"), &[&format!("10.245.{number}.0/24")], "here");
+    }
+    server.add("early", &[], "192.168.0.50");
+    host.settle(&mut server, Duration::from_secs(10));
+    let requests = server.requests;
+    host.settle(&mut server, Duration::from_secs(3600));
+    assert!(server.requests - requests < 15, "{}", server.requests - requests);
+    let mut node = wire::node("early", "late", &["10.244.50.0/24"], &[]);
+    node.metadata = server.nodes["early"].metadata.clone();
+    server.put(node);
+    host.settle(&mut server, Duration::from_secs(1));
+    host.check(&server);
+    assert!(host.leases.len() == 2);
+}
+
+/// A node that could not be read and is gone is no trouble any more.
+#[test]
+fn a_trouble_goes_with_its_node() {
+    let (mut server, mut host) = (cluster(2), Host::new(1));
+    host.settle(&mut server, Duration::from_secs(1));
+    server.annotate("n1", &[("public-ip", "192.168.0.99")]);
+    let fetch = |request: &Request| request.path.contains("%3Dn1");
+    host.with_fault(&mut server, Duration::from_secs(5), Fault::Status(500), fetch);
+    assert_eq!(host.log.len(), 1, "{:?}", host.log);
+    host.matches = Some(fetch);
+    server.delete("n1");
+    host.turn(&mut server, Some(Fault::Status(500)), Duration::ZERO);
+    host.matches = None;
+    host.settle(&mut server, Duration::from_secs(1));
+    assert_eq!(host.log.last().map(String::as_str), Some("recovered"));
+}
+
 /// A node that changes while it is read, one that goes, and one that goes and comes back.
 #[test]
 fn changes_while_a_node_is_read() {
@@ -528,7 +588,7 @@ fn changes_while_a_node_is_read() {
         host.settle(&mut server, Duration::from_secs(1));
         server.annotate("n1", &[("public-ip", "192.168.0.101")]);
         // the answer is on its way
-        host.turn(&mut server, None, Duration::from_millis(50));
+        host.begin_to_read(&mut server);
         assert!(host.unary.is_some());
         match change {
             "change" => server.annotate("n1", &[("public-ip", "192.168.0.102")]),
@@ -834,7 +894,7 @@ fn a_change_that_is_taken_back() {
         (OWN, "public-ip-overwrite", "1.2.3.4", ""),
     ] {
         server.annotate(name, &[(key, new)]);
-        host.turn(&mut server, None, Duration::from_millis(50));
+        host.begin_to_read(&mut server);
         assert!(host.unary.is_some());
         server.annotate(name, &[(key, old)]);
         host.turn(&mut server, None, Duration::ZERO);

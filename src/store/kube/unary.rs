@@ -39,11 +39,13 @@ pub(super) struct Task {
 impl Kube {
     /// Begins what [`Kube::next_task`] says.
     pub(super) fn start(&mut self, job: Job, request: Request) -> StoreRequest {
-        let mut name = Box::default();
+        let mut name: Box<str> = Box::default();
         if job == Job::Fetch
-            && let Some((first, _)) = self.queue.pop_first()
+            && let Some((next, _)) = self.next_wanted()
         {
-            name = first;
+            name = next.into();
+            self.queue.remove(&name);
+            self.read_last.clone_from(&name);
         }
         // what happens from now on is not in the answer
         self.own.due &= job != Job::Own;
@@ -146,7 +148,7 @@ impl Kube {
             return self.away(&reason, now.mono);
         }
         self.reached();
-        if let Some(backoff) = self.backoffs.get_mut(&job) {
+        if let Some(backoff) = self.backoffs.get_mut(&job).filter(|_| job != Job::Publish) {
             backoff.succeeded();
         }
         match job {
@@ -169,7 +171,6 @@ impl Kube {
                 self.begin_list(now.mono);
             }
             Job::Publish => {
-                self.done(job);
                 self.handle_published(wire::open(&*task.answer.body), now.mono);
                 self.begin_list(now.mono);
             }

@@ -117,11 +117,11 @@ impl Kube {
         // what is being read may be older than this
         let reading =
             self.task.as_ref().is_some_and(|task| task.job == Job::Fetch && *task.name == *name);
-        if self.nodes.knows(name, print) && !reading {
+        if self.nodes.knows(name, print) && !reading && !self.pending.contains_key(name) {
             return;
         }
         if self.prefix.read(&metadata.annotations).takes_part() {
-            self.queue.insert(name.into(), metadata.resource_version);
+            self.want(name.into(), metadata.resource_version, now);
             self.check_queue(now);
             return;
         }
@@ -143,6 +143,9 @@ impl Kube {
                 "the API server has forgotten the changes since the last one that we know: listing again"
             );
             return self.list_again(true, Freshness::Known, now);
+        }
+        if matches!(refusal.status, 429 | 500..) {
+            self.endpoint = (self.endpoint + 1) % self.endpoints.len().max(1);
         }
         let text = self.explain(Job::Watch, refusal);
         self.tell(Job::Watch, text);
