@@ -232,7 +232,8 @@ mod tests {
 
     fn saved(dir: &Path) -> Vec<u8> {
         let view = view();
-        let content = render("etcd /a", &view.config, &view.own, view.set, view.peers.iter()).unwrap();
+        let content =
+            render("etcd /a", &view.config, &view.own, view.set, view.peers.iter()).unwrap();
         write(dir, &content).unwrap();
         fs::read(path(dir)).unwrap()
     }

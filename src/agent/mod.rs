@@ -18,7 +18,6 @@ use std::fmt;
 use std::fs;
 use std::io;
 use std::path::PathBuf;
-
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -30,9 +29,8 @@ use self::network::Network;
 use crate::cli::{Settings, settings};
 use crate::config::NetworkConfig;
 use crate::health::Health;
-use crate::http::{Access, Credentials, Pem, TlsSettings};
-
 use crate::http::client::Client;
+use crate::http::{Access, Credentials, Pem, TlsSettings};
 use crate::notify;
 use crate::store::Store;
 use crate::store::etcd::Etcd;

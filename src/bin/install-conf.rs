@@ -26,6 +26,5 @@ fn main() -> ExitCode {
 fn install(source: &Path, destination: &Path) -> std::io::Result<()> {
     let content = fs::read(source)?;
     let mode = fs::metadata(source)?.permissions().mode() & 0o777;
-
     subnet_file::replace(destination, 0o755, mode, |file| file.write_all(&content))
 }

@@ -111,7 +111,7 @@ pub(super) const GROUPS: &[Group] = &[
                 "kube-subnet-mgr",
                 Bool,
                 "false",
-                "keep them with the nodes of a Kubernetes cluster",
+                "keep them with the nodes of a Kubernetes cluster; NODE_NAME says which is this one",
             ),
             flag(
                 "kube-api-url",

@@ -121,8 +121,14 @@ impl Port {
             };
             match result {
                 Ok(()) => debug!("sysctl {path} = {value}"),
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                    debug!("sysctl {path}: {error}")
+                // in a container's file system nothing of the sort can be set, and nobody can do anything about it
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        io::ErrorKind::NotFound | io::ErrorKind::ReadOnlyFilesystem
+                    ) =>
+                {
+                    debug!("sysctl {path} = {value}: {error}");
                 }
                 Err(error) if self.refused.insert(path.clone()) => {
                     warn!("sysctl {path} = {value}: {error}; set it on the host");

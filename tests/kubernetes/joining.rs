@@ -66,7 +66,7 @@ fn three_nodes() {
                 "message": "Flannel is running on this node", "lastHeartbeatTime": null, "lastTransitionTime": null })
         );
         let status = http_get(host, "http://127.0.0.1:8081/status");
-        assert!(status.contains("\nnodes 2\n") && status.contains("nodes_ignored 0"), "{status}");
+        assert!(status.contains("\nnodes 2\n") && status.contains("nodes_ignored 0\n"), "{status}");
         let log = agent.log();
         assert!(!log.lines().any(|line| line.starts_with(['W', 'E'])), "{log}");
     }
@@ -155,7 +155,7 @@ fn in_a_pod() {
         // a directory as in a pod, in a mount namespace of its own
         let inner = cluster.command(&host, VXLAN);
         let script = format!(
-            "mount -t tmpfs none /run && mkdir -p /run/secrets/kubernetes.io && ln -s {} /run/secrets/kubernetes.io/serviceaccount && exec \"$@\"",
+            "mount -o bind,ro /proc/sys /proc/sys && mount -t tmpfs none /run && mkdir -p /run/secrets/kubernetes.io && ln -s {} /run/secrets/kubernetes.io/serviceaccount && exec \"$@\"",
             account.display()
         );
         let mut command = host.command("unshare");
@@ -184,6 +184,15 @@ fn in_a_pod() {
     cluster.set_rules(&rules);
     agent.wait_for("this is node n1");
     agent.wait_ready();
+    assert!(!agent.log().contains("sysctl"), "{}", agent.log());
+    // a reboot without the API server, as another pod of the same kind
+    until("the view is saved", PATIENCE, || host.dir.join("data/view.jsonl").exists());
+        agent.kill();
+    cluster.process.signal("KILL");
+    host.run("ip link del flannel.1");
+    let again = start("kube-flannel-ds-y");
+    again.wait_for("coming up with the view of an earlier life");
+    again.wait_ready();
 }
 
 /// Both families, of our own nodes and of a Go node; a node with one family is a peer for that.

@@ -85,7 +85,7 @@ fn bad_peers() {
         until(&format!("{name} is shown"), PATIENCE, || status().contains(&says));
     }
     // the others are refused as leases
-    until("all were read", PATIENCE, || status().contains("leases_refused 7"));
+    until("all were read", PATIENCE, || status().contains("leases_refused 7\n"));
     let routes = hosts[0].routes();
     assert_eq!(routes.lines().count(), 2, "{routes}");
     assert!(routes.contains("10.244.2.0/24"), "{routes}");
@@ -160,7 +160,7 @@ fn our_own_node() {
     assert_eq!(hosts[0].env("FLANNEL_SUBNET").as_deref(), Some("10.244.5.1/24"));
 }
 
-/// Two hosts with one name fight slowly, and both say so.
+/// Two hosts with one name fight slowly, and it is said.
 #[test]
 fn two_hosts_with_one_name() {
     let mut cluster = Cluster::new();

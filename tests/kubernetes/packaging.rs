@@ -130,17 +130,13 @@ fn values() {
             "MTU": 1400, "DirectRouting": true, "Port": 4789 } }),
         ),
         (
-            &[
-                "flannel.backend=wireguard",
-                "flannel.tunnelMode=auto",
-                "flannel.keepaliveInterval=25",
-            ],
-            json!({ "Network": "10.244.0.0/16", "EnableNFTables": false, "Backend": { "Type": "wireguard", "Mode": "auto",
-            "PersistentKeepaliveInterval": 25 } }),
+            &["flannel.backend=udp", "flannel.backendPort=8285"],
+            json!({ "Network": "10.244.0.0/16", "EnableNFTables": false, "Backend": { "Type": "udp", "Port": 8285 } }),
         ),
     ] {
         let all = regular(objects(&chart(values).unwrap()));
         assert_eq!(net_conf(&all), expected, "{values:?}");
+        NetworkConfig::parse(&expected.to_string()).unwrap();
     }
     let pod = daemon_set(&regular(objects(
         &chart(&["flannel.healthz.port=0", "flannel.skipCNIConfigInstallation=true"]).unwrap(),
@@ -152,6 +148,7 @@ fn values() {
     for (value, says) in [
         ("podCidr=", "podCidr, podCidrv6 or both"),
         ("flannel.nonsense=1", "nonsense"),
+        ("flannel.backend=wireguard", "flannel.backend"),
         ("netpol.enabled=true", "netpol.image.repository"),
     ] {
         let error = chart(&[value]).unwrap_err();

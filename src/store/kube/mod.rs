@@ -208,7 +208,6 @@ impl Kube {
             frames: Frames::default(),
             watch_open: false,
             watch_heard: false,
-
             watch_broken: false,
             cancel_watch: false,
             endpoint: 0,

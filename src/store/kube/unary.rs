@@ -165,7 +165,6 @@ impl Kube {
             },
             Job::Own => {
                 self.notice_setback(&task, now.mono);
-
                 self.watch_broken = false;
                 self.handle_own(task.own, now);
                 self.begin_list(now.mono);
