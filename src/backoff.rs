@@ -11,24 +11,40 @@ pub struct Backoff {
     first: Duration,
     cap: Duration,
     failures: u32,
-    seed: u64,
+    chance: Chance,
+}
+
+/// Numbers that look random (xorshift): for jitter and for spreading choices, not for secrets.
+#[derive(Debug, Clone)]
+pub struct Chance(u64);
+
+impl Chance {
+    /// The numbers that follow from `seed`.
+    pub fn new(seed: u64) -> Self {
+        // it must not start at zero
+        Self(seed | 1)
+    }
+
+    /// The next one.
+    pub fn draw(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
 }
 
 impl Backoff {
     /// Waits about `first` after the first failure, doubling up to `cap`.
     pub fn new(first: Duration, cap: Duration, seed: u64) -> Self {
-        // xorshift must not start at zero
-        Self { first, cap, failures: 0, seed: seed | 1 }
+        Self { first, cap, failures: 0, chance: Chance::new(seed) }
     }
 
     /// Counts a failure and returns the wait before the next try: 75 % to 125 % of the nominal one, never above `cap`.
     pub fn failed(&mut self) -> Duration {
         let nominal = self.first.saturating_mul(1 << self.failures.min(20)).min(self.cap);
         self.failures = self.failures.saturating_add(1);
-        self.seed ^= self.seed << 13;
-        self.seed ^= self.seed >> 7;
-        self.seed ^= self.seed << 17;
-        let per_mille = u32::try_from(self.seed % 501).unwrap_or(0) + 750;
+        let per_mille = u32::try_from(self.chance.draw() % 501).unwrap_or(0) + 750;
         (nominal * per_mille / 1000).min(self.cap)
     }
 

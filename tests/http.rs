@@ -39,6 +39,8 @@ struct Outcome {
     status: u16,
     body: Vec<u8>,
     pieces: usize,
+    /// How often the loop woke up.
+    wakes: usize,
     failed: Option<String>,
     took: Duration,
 }
@@ -76,9 +78,13 @@ impl Fixture {
     }
 
     fn run(&mut self, request: Request) -> Outcome {
+        self.run_on(Lane::Unary, request)
+    }
+
+    fn run_on(&mut self, on: Lane, request: Request) -> Outcome {
         let start = Instant::now();
         let mut outcome = Outcome::default();
-        self.client.start(Lane::Unary, request, self.poll.registry(), start);
+        self.client.start(on, request, self.poll.registry(), start);
         let mut events = Events::with_capacity(16);
         let mut over = false;
         while !over {
@@ -89,7 +95,7 @@ impl Fixture {
             let now = Instant::now();
             let registry = self.poll.registry();
             let mut sink = |lane: Lane, event: HttpEvent<'_>| {
-                assert_eq!(lane, Lane::Unary);
+                assert_eq!(lane, on);
                 match event {
                     HttpEvent::Head { status, .. } => outcome.status = status,
                     HttpEvent::Body(bytes) => {
@@ -103,6 +109,7 @@ impl Fixture {
                     }
                 }
             };
+            outcome.wakes += 1;
             for event in &events {
                 match event.token() {
                     WAKER => self.client.handle_waker(registry, now),
@@ -307,6 +314,36 @@ fn deadlines_and_silence() {
     let mut watch = get(0);
     (watch.deadline, watch.silence) = (None, Some(Duration::from_millis(200)));
     assert!(Fixture::plain(silent).fails(watch).contains("silent for too long"));
+}
+
+/// A watch with much to say is listened to at intervals: nothing is lost, whether it ends well, breaks off or goes on.
+#[test]
+fn a_busy_watch() {
+    const PIECES: usize = 200;
+    for ends in [true, false] {
+        let address = server(move |mut stream, _| {
+            while read_request(&mut stream).is_some() {
+                let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n");
+                for _ in 0..PIECES {
+                    thread::sleep(Duration::from_millis(1));
+                    let _ = stream.write_all(b"5\r\nhello\r\n");
+                }
+                if !ends {
+                    return;
+                }
+                let _ = stream.write_all(b"0\r\n\r\n");
+            }
+        });
+        let mut fixture = Fixture::plain(address);
+        // the same connection carries the next one
+        for _ in 0..2 {
+            let outcome = fixture.run_on(Lane::Watch, get(0));
+            assert_eq!(outcome.body.len(), PIECES * 5);
+            assert_eq!(outcome.failed.is_none(), ends, "{:?}", outcome.failed);
+            assert!(outcome.wakes < PIECES / 2, "{}", outcome.wakes);
+            assert!(outcome.took < Duration::from_secs(3));
+        }
+    }
 }
 
 #[test]

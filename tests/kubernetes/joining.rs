@@ -187,7 +187,7 @@ fn in_a_pod() {
     assert!(!agent.log().contains("sysctl"), "{}", agent.log());
     // a reboot without the API server, as another pod of the same kind
     until("the view is saved", PATIENCE, || host.dir.join("data/view.jsonl").exists());
-        agent.kill();
+    agent.kill();
     cluster.process.signal("KILL");
     host.run("ip link del flannel.1");
     let again = start("kube-flannel-ds-y");

@@ -38,6 +38,7 @@ use super::trouble::Trouble;
 use super::turn::Turn;
 use super::{Identity, Lane, Now, Store, StoreEvent, StoreRequest};
 
+use crate::backoff::Chance;
 use crate::cli::settings::{self, EtcdApi};
 use crate::config::NetworkConfig;
 use crate::http::{HttpEvent, Request};
@@ -83,7 +84,7 @@ pub struct Etcd {
     /// The other language, as long as either may hold the config.
     alternative: Option<Box<dyn Dialect>>,
     renew_margin: Duration,
-    random: u64,
+    chance: Chance,
 
     config: Option<NetworkConfig>,
     /// Why the first of the two languages gave no config, while the second is asked.
@@ -143,7 +144,7 @@ impl Etcd {
             dialect,
             alternative,
             renew_margin,
-            random: random | 1,
+            chance: Chance::new(random),
             config: None,
             elsewhere: None,
             bad_config: None,
@@ -173,13 +174,6 @@ impl Etcd {
             bad_keys: Complaints::default(),
             events: VecDeque::new(),
         }
-    }
-
-    fn random(&mut self) -> u64 {
-        self.random ^= self.random << 13;
-        self.random ^= self.random >> 7;
-        self.random ^= self.random << 17;
-        self.random
     }
 
     /// What is to be done next, and how to say it to the store.

@@ -35,7 +35,7 @@ pub(super) struct Own {
 impl Etcd {
     /// Takes a lease, according to the list.
     pub(super) fn claim(&mut self, text: String, now: Now) -> Option<(Task, Op)> {
-        let random = [self.random(), self.random()];
+        let random = [self.chance.draw(), self.chance.draw()];
         let (config, listing) = (self.config.as_ref()?, self.listing.as_ref()?);
         let previous = self.identity.map(|identity| identity.previous).unwrap_or_default();
         let mine: Vec<Subnets> = listing.mine.iter().map(|(subnets, _)| *subnets).collect();
@@ -107,7 +107,7 @@ impl Etcd {
         let lease = OwnLease { lease: Lease { subnets, attrs, created }, expiry: None };
         let key = key::format(&subnets);
         let unconfirmed = created == revision;
-        let fight = Backoff::new(FIGHT_FIRST, FIGHT_CAP, self.random());
+        let fight = Backoff::new(FIGHT_FIRST, FIGHT_CAP, self.chance.draw());
         self.own = Some(Own {
             lease,
             key,

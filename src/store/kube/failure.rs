@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use log::debug;
 
 use super::request::Refusal;
-use super::{Job, Kube, RETRY_FIRST, WAIT_CAP, WAIT_FIRST};
+use super::{Job, Kube, RETRY_FIRST, Subject, WAIT_CAP, WAIT_FIRST};
 use crate::backoff::Backoff;
 use crate::store::StoreEvent;
 use crate::store::trouble::Trouble;
@@ -38,7 +38,7 @@ impl Kube {
         self.unary.not_before = Some(now + wait);
         // one server of several may fail without anybody's noticing
         if self.failures >= count {
-            self.tell(Job::Server, reason.to_owned());
+            self.tell(Subject::Server, reason.to_owned());
         } else {
             debug!("{reason}");
         }
@@ -48,12 +48,12 @@ impl Kube {
     pub(super) fn reached(&mut self) {
         self.failures = 0;
         self.unary.backoff.succeeded();
-        self.done(Job::Server);
+        self.done(Subject::Server);
     }
 
     /// The server says no.
     pub(super) fn refused(&mut self, job: Job, refusal: &Refusal, now: Instant) {
-        let text = self.explain(job, refusal);
+        let text = self.explain_job(job, refusal);
         let Refusal { status, retry_after, .. } = refusal;
         if refusal.is_expired()
             && match (job, &mut self.listing) {
@@ -83,7 +83,7 @@ impl Kube {
             // it answers, which is all that can be said for it
             _ => {
                 self.failures = 0;
-                self.done(Job::Server);
+                self.done(Subject::Server);
             }
         }
         self.wait(job, text, retry_after.unwrap_or_default(), now);
@@ -91,7 +91,7 @@ impl Kube {
 
     /// This job cannot be done now, nor for `at_least` so long; others can.
     pub(super) fn wait(&mut self, job: Job, reason: String, at_least: Duration, now: Instant) {
-        let seed = self.random();
+        let seed = self.chance.draw();
         let backoff =
             self.backoffs.entry(job).or_insert_with(|| Backoff::new(WAIT_FIRST, WAIT_CAP, seed));
         let wait = backoff.failed().max(at_least);
@@ -99,17 +99,17 @@ impl Kube {
         self.tell(job, reason);
     }
 
-    pub(super) fn tell(&mut self, job: Job, reason: String) {
-        if let Some(text) = self.troubles.entry(job).or_default().say(&reason) {
+    pub(super) fn tell(&mut self, subject: impl Into<Subject>, reason: String) {
+        if let Some(text) = self.troubles.entry(subject.into()).or_default().say(&reason) {
             self.events.push_back(StoreEvent::Trouble(text));
         } else {
             debug!("{reason}");
         }
     }
 
-    /// This job is done, or has no trouble any more.
-    pub(super) fn done(&mut self, job: Job) {
-        let was_on = self.troubles.get_mut(&job).is_some_and(Trouble::over);
+    /// There is no trouble with this any more.
+    pub(super) fn done(&mut self, subject: impl Into<Subject>) {
+        let was_on = self.troubles.get_mut(&subject.into()).is_some_and(Trouble::over);
         if was_on && !self.troubles.values().any(Trouble::is_on) {
             self.events.push_back(StoreEvent::Recovered);
         }

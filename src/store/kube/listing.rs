@@ -66,7 +66,7 @@ impl Kube {
     pub(super) fn jitter(&mut self, nodes: usize) -> Duration {
         let nodes = u32::try_from(nodes).unwrap_or(u32::MAX);
         let most = JITTER_PER_NODE.saturating_mul(nodes).min(JITTER_CAP);
-        let share = u32::try_from(self.random() % 1000).unwrap_or(0);
+        let share = u32::try_from(self.chance.draw() % 1000).unwrap_or(0);
         most * share / 1000
     }
 

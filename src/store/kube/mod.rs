@@ -43,7 +43,7 @@ use super::complaints::Complaints;
 use super::trouble::Trouble;
 use super::turn::Turn;
 use super::{Identity, Lane, Now, PublicAddresses, Store, StoreEvent, StoreRequest};
-use crate::backoff::Backoff;
+use crate::backoff::{Backoff, Chance};
 use crate::config::NetworkConfig;
 use crate::http::{HttpEvent, Request};
 use crate::lease::LeaseAttrs;
@@ -56,7 +56,7 @@ const WAIT_CAP: Duration = Duration::from_secs(15);
 /// Waits before our annotations are written again when somebody else writes them, too.
 const FIGHT_FIRST: Duration = Duration::from_secs(1);
 const FIGHT_CAP: Duration = Duration::from_secs(60);
-/// What is done on the unary lane, in the order of urgency; and what troubles are about.
+/// What is done on the unary lane, in the order of urgency.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 enum Job {
     /// Finding out which node this is.
@@ -71,12 +71,25 @@ enum Job {
     Fetch,
     /// Setting our node's condition.
     Condition,
-    /// Opening the watch, on its own lane.
+}
+
+/// What a trouble is about.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+enum Subject {
+    /// One of the jobs.
+    Job(Job),
+    /// Opening the watch.
     Watch,
     /// Hearing from it.
     Stream,
     /// Reaching the server at all.
     Server,
+}
+
+impl From<Job> for Subject {
+    fn from(job: Job) -> Self {
+        Self::Job(job)
+    }
 }
 
 /// How this host knows its node.
@@ -122,7 +135,7 @@ pub struct Kube {
     endpoints: Vec<String>,
     credential: String,
     set_condition: bool,
-    random: u64,
+    chance: Chance,
 
     /// The agent has heard of the config.
     begun: bool,
@@ -160,7 +173,7 @@ pub struct Kube {
     endpoint: usize,
     /// Failures of servers since the last success.
     failures: usize,
-    troubles: BTreeMap<Job, Trouble>,
+    troubles: BTreeMap<Subject, Trouble>,
     complaints: Complaints,
     events: VecDeque<StoreEvent>,
 }
@@ -184,7 +197,7 @@ impl Kube {
             config,
             endpoints,
             credential,
-            random: random | 1,
+            chance: Chance::new(random),
             set_condition,
             begun: false,
             addresses: PublicAddresses::default(),
@@ -216,13 +229,6 @@ impl Kube {
             complaints: Complaints::default(),
             events: VecDeque::new(),
         }
-    }
-
-    fn random(&mut self) -> u64 {
-        self.random ^= self.random << 13;
-        self.random ^= self.random >> 7;
-        self.random ^= self.random << 17;
-        self.random
     }
 
     /// The name of our node, if it is known.
@@ -341,7 +347,7 @@ impl Store for Kube {
             return None;
         }
         let cursor = self.cursor.clone()?;
-        let seconds = 300 + self.random() % 300;
+        let seconds = 300 + self.chance.draw() % 300;
         self.watch.busy = true;
         Some(StoreRequest::Start(Lane::Watch, self.watch(&cursor, seconds)))
     }

@@ -172,22 +172,23 @@ impl Kube {
             Job::Condition => format!("set the condition NetworkUnavailable of node {node:?}"),
             Job::List => "list the nodes".into(),
             Job::Fetch => "read a node that has changed".into(),
-            Job::Watch | Job::Stream => "watch the nodes".into(),
-            Job::Server => "ask the API server".into(),
         }
     }
 
-    /// A refusal, for the operator: what was refused, why, and what to do.
-    pub(super) fn explain(&self, job: Job, refusal: &Refusal) -> String {
-        let Refusal { status, message, .. } = refusal;
-        let what = self.called(job);
-        let said = if message.is_empty() { String::new() } else { format!(": {message}") };
+    /// A refusal of a job, for the operator.
+    pub(super) fn explain_job(&self, job: Job, refusal: &Refusal) -> String {
         let right = match job {
             Job::Name => "get pods",
             Job::Publish | Job::Condition => "patch nodes/status",
-            Job::Watch => "watch nodes",
-            Job::Own | Job::List | Job::Fetch | Job::Stream | Job::Server => "list nodes",
+            Job::Own | Job::List | Job::Fetch => "list nodes",
         };
+        self.explain(&self.called(job), right, refusal)
+    }
+
+    /// A refusal, for the operator: what was refused, why, and what to do. `right` is what it takes.
+    pub(super) fn explain(&self, what: &str, right: &str, refusal: &Refusal) -> String {
+        let Refusal { status, message, .. } = refusal;
+        let said = if message.is_empty() { String::new() } else { format!(": {message}") };
         let remedy = match status {
             401 => format!(
                 "; the API server does not know us: {} is no credential of this cluster, or has run out",

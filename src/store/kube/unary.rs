@@ -184,7 +184,6 @@ impl Kube {
                 self.handle_fetched(task, now.mono);
             }
             Job::List => self.handle_page(now.mono),
-            Job::Watch | Job::Stream | Job::Server => {}
         }
     }
 }

@@ -9,7 +9,7 @@ use super::nodes::{Seen, Standing};
 use super::request::{Answer, Freshness, Refusal};
 use super::stream::Frames;
 use super::wire::{self, Metadata, ObjectMeta, Status, WatchEvent};
-use super::{Job, Kube, RETRY_FIRST};
+use super::{Job, Kube, RETRY_FIRST, Subject};
 use crate::http::HttpEvent;
 use crate::store::Now;
 
@@ -30,7 +30,7 @@ impl Kube {
                 if self.watch_answer.is_ok() {
                     self.watch_open = true;
                     self.reached();
-                    self.done(Job::Watch);
+                    self.done(Subject::Watch);
                 }
             }
             HttpEvent::Body(bytes) if !self.watch_answer.is_ok() => self.watch_answer.body(bytes),
@@ -81,7 +81,7 @@ impl Kube {
         let metadata = event.object::<Metadata>()?.metadata.unwrap_or_default();
         if !std::mem::replace(&mut self.watch_heard, true) {
             self.watch.backoff.succeeded();
-            self.done(Job::Stream);
+            self.done(Subject::Stream);
         }
         if !metadata.resource_version.is_empty() {
             self.cursor.get_or_insert_default().clone_from(&metadata.resource_version);
@@ -147,8 +147,8 @@ impl Kube {
         if matches!(refusal.status, 429 | 500..) {
             self.endpoint = (self.endpoint + 1) % self.endpoints.len().max(1);
         }
-        let text = self.explain(Job::Watch, refusal);
-        self.tell(Job::Watch, text);
+        let text = self.explain("watch the nodes", "watch nodes", refusal);
+        self.tell(Subject::Watch, text);
     }
 
     fn watch_failed(&mut self, reason: &str, now: Instant) {
@@ -159,7 +159,7 @@ impl Kube {
         self.own.due = true;
         // whether the server is there at all, the reading of our own node will tell
         if self.watch.backoff.failures() > SILENT {
-            self.tell(Job::Stream, reason.to_owned());
+            self.tell(Subject::Stream, reason.to_owned());
         } else {
             debug!("{reason}");
         }
