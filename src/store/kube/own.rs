@@ -181,11 +181,9 @@ impl Kube {
         }
         let lease = Lease { subnets, attrs: attrs.clone(), created: node.created };
         let own = OwnLease { lease, expiry: None };
-
         self.done(Job::Own);
         self.done(Job::Publish);
         self.backoffs.remove(&Job::Publish);
-
         let moved = self.own.told.replace(subnets).is_some_and(|before| before != subnets);
         if self.own.lease.as_ref() != Some(&own) {
             self.own.lease = Some(own.clone());
