@@ -26,13 +26,50 @@ fn help_version_and_mistakes() {
         (&["-etcd-endpoint=x"][..], "did you mean -etcd-endpoints?"),
         (&["-healthz-port=many"], "-healthz-port: \"many\" is not an integer"),
         (&["-subnet-lease-renew-margin=1440"], "between 1 and 1439"),
-        (&["-kube-subnet-mgr"], "-kube-subnet-mgr is not supported by this version"),
+        (&["-watch-networks"], "-watch-networks is not supported by this version"),
+        (
+            &["-kube-subnet-mgr", "-kube-annotation-prefix=org"],
+            "-kube-annotation-prefix is \"org\"",
+        ),
     ] {
         let output = flanneld(args);
         let stderr = String::from_utf8_lossy(&output.stderr);
         assert_eq!((output.status.code(), stderr.lines().count()), (Some(2), 1), "{stderr}");
         assert!(stderr.contains(says), "{stderr}");
     }
+}
+
+/// What a node of Kubernetes needs before it can begin.
+#[test]
+fn what_kubernetes_needs_is_named() {
+    let world = World::new();
+    let config = world.dir.join("net-conf.json");
+    let start = |args: &[&str], node: Option<&str>| {
+        let mut command = Command::new(binary());
+        command.arg("-kube-subnet-mgr").args(args);
+        for variable in ["NODE_NAME", "POD_NAME", "POD_NAMESPACE", "KUBERNETES_SERVICE_HOST"] {
+            command.env_remove(variable);
+        }
+        let output = command.envs(node.map(|name| ("NODE_NAME", name))).output().unwrap();
+        assert_eq!(output.status.code(), Some(1));
+        let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+        let errors: Vec<&str> = stderr.lines().filter(|line| line.starts_with('E')).collect();
+        assert_eq!(errors.len(), 1, "{stderr}");
+        errors[0].to_owned()
+    };
+    let path = format!("-net-config-path={}", config.display());
+    let says = |error: String, what: &str| assert!(error.contains(what), "{error}");
+    says(start(&[&path], Some("n1")), "-net-config-path names the file");
+    fs::write(&config, "{}").unwrap();
+    says(start(&[&path], Some("n1")), "is not valid");
+    fs::write(&config, VXLAN).unwrap();
+    says(start(&[&path], None), "Set NODE_NAME");
+    says(start(&[&path], Some("n1")), "give -kubeconfig-file or -kube-api-url");
+    says(start(&[&path, "-kubeconfig-file=/nowhere"], Some("n1")), "read the kubeconfig /nowhere");
+    let kubeconfig = world.dir.join("kubeconfig");
+    fs::write(&kubeconfig, "current-context: c").unwrap();
+    let kubeconfig = format!("-kubeconfig-file={}", kubeconfig.display());
+    says(start(&[&path, &kubeconfig], Some("n1")), "the context \"c\"");
 }
 
 #[test]
