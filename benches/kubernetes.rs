@@ -2,7 +2,8 @@
 //! kube-apiserver; and what a thousand heart-beats a second cost, beside a watch of whole nodes as the Go flanneld has it. See
 //! `make bench`.
 //!
-//! The nodes are written into the API server's etcd as copies of one that the API server has made, and so are the heart-beats:
+//! "fresh" finds an empty kernel and no saved view; "again" is a restart, which uses the saved view and lists a moment of chance
+//! later. The nodes are written into the API server's etcd as copies of one that the API server has made, and so are the heart-beats:
 //! the server itself could not take so many on a machine with two cores. What the agent reads is the server's own.
 #![allow(clippy::print_stdout, clippy::unwrap_used, clippy::disallowed_methods)]
 
