@@ -269,7 +269,7 @@ fn measure(cluster: &Cluster, host: &Host, nodes: usize) -> (Agent, Figures) {
     let received = received(host) - before;
     // the first saving of the view belongs to the start
     thread::sleep(Duration::from_millis(5500));
-    let (cpu, peak) = (cpu(&agent), agent.process.peak());
+    let (cpu, peak) = (agent.process.cpu(), agent.process.peak());
     let user = agent.process.user_ticks() * 10;
     let to_file = to_file.unwrap();
     (agent, Figures { to_file, to_programmed, cpu, user, peak, received })
@@ -305,9 +305,9 @@ fn storm(
         kilo(whole / beats),
         kilo(whole) / kilo(ours)
     );
-    let (before, start) = (cpu(agent), Instant::now());
+    let (before, start) = (agent.process.cpu(), Instant::now());
     let beats = f64::from(u32::try_from(blow(cluster, pattern, nodes, STORM)).unwrap());
-    let (used, elapsed) = (cpu(agent) - before, start.elapsed());
+    let (used, elapsed) = (agent.process.cpu() - before, start.elapsed());
     let each = used.as_secs_f64() * 1e6 / beats;
     println!(
         "{:13} {:.0} heart-beats/s take {:.2} % of a processor: {each:.1} us each, {:.1} % at 1,000/s",
@@ -340,14 +340,4 @@ fn blow(cluster: &Cluster, pattern: &Pattern, nodes: usize, time: Duration) -> u
 /// Bytes that have come to the host.
 fn received(host: &Host) -> usize {
     host.run("cat /sys/class/net/eth0/statistics/rx_bytes").trim().parse().unwrap()
-}
-
-/// Time on a processor, all threads.
-fn cpu(agent: &Agent) -> Duration {
-    let mut nanos = 0;
-    for task in fs::read_dir(format!("/proc/{}/task", agent.process.pid())).unwrap() {
-        let text = fs::read_to_string(task.unwrap().path().join("schedstat")).unwrap();
-        nanos += text.split(' ').next().unwrap().parse::<u64>().unwrap();
-    }
-    Duration::from_nanos(nanos)
 }

@@ -161,7 +161,7 @@ fn measure(host: &Host, leases: usize) -> Figures {
         to_file: to_file.unwrap(),
         to_programmed,
         programming,
-        cpu: cpu(&agent),
+        cpu: agent.process.cpu(),
         peak: agent.process.peak(),
     };
     idle(&agent);
@@ -177,21 +177,11 @@ fn time_of(log: &str, text: &str) -> Duration {
     Duration::from_secs_f64(fields[0] * 3600.0 + fields[1] * 60.0 + fields[2])
 }
 
-/// Time on a processor, all threads.
-fn cpu(agent: &Agent) -> Duration {
-    let mut nanos = 0;
-    for task in fs::read_dir(format!("/proc/{}/task", agent.process.pid())).unwrap() {
-        let text = fs::read_to_string(task.unwrap().path().join("schedstat")).unwrap();
-        nanos += text.split(' ').next().unwrap().parse::<u64>().unwrap();
-    }
-    Duration::from_nanos(nanos)
-}
-
 /// What a host that has nothing to do costs; more than nothing is worth a line.
 fn idle(agent: &Agent) {
-    let before = cpu(agent);
+    let before = agent.process.cpu();
     thread::sleep(Duration::from_secs(2));
-    let used = cpu(agent) - before;
+    let used = agent.process.cpu() - before;
     if used > Duration::from_millis(1) {
         println!("  (idle: {:.1} ms CPU in 2 s)", used.as_secs_f64() * 1e3);
     }

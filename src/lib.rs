@@ -6,6 +6,7 @@
 //!   agent     the one loop: descriptors, clock, deadlines, start-up and shutdown order
 //!     |
 //!     +-- cli, config      what was typed; what the network's document says
+//!     +-- kubeconfig       where the API server of Kubernetes is, and who we are there
 //!     +-- underlay         which interface and addresses carry the overlay
 //!     +-- store            where leases live (etcd v3 and v2, Kubernetes): decides, asks for HTTP exchanges
 //!     +-- http             non-blocking HTTP/1.1 over mio, TLS included
@@ -37,6 +38,7 @@ pub mod health;
 pub mod http;
 mod json;
 pub mod kernel;
+pub mod kubeconfig;
 pub mod lease;
 mod netlink;
 pub mod notify;

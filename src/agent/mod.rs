@@ -31,12 +31,12 @@ use crate::config::NetworkConfig;
 use crate::health::Health;
 use crate::http::client::Client;
 use crate::http::{Access, Credentials, Pem, TlsSettings};
-use crate::notify;
 use crate::store::Store;
 use crate::store::etcd::Etcd;
-use crate::store::kube::{self, Kube, access};
+use crate::store::kube::{self, Kube};
 use crate::sys::random;
 use crate::sys::signal::Signals;
+use crate::{kubeconfig, notify};
 
 /// Ends the process: what failed and what to do.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -149,7 +149,7 @@ fn store(settings: &Settings, seed: u64) -> Result<(Box<dyn Store>, Access), Str
             let who = kube.who.clone().ok_or(
                 "which node is this? Set NODE_NAME in the environment (or POD_NAME and POD_NAMESPACE, in a pod)",
             )?;
-            let found = access::find(kube)?;
+            let found = kubeconfig::find(kube)?;
             found.warnings.iter().for_each(|warning| warn!("{warning}"));
             let setup = kube::Setup {
                 who,

@@ -13,7 +13,7 @@ mod tls;
 pub use self::access::{Access, Called, Credentials, Pem, Plugin, Source, TlsSettings};
 pub use self::endpoint::{BadEndpoint, Endpoint};
 
-use std::fmt;
+use std::fmt::{self, Write as _};
 use std::time::Duration;
 
 /// Request method.
@@ -94,4 +94,17 @@ impl HeaderList {
             .find(|(key, _)| key.eq_ignore_ascii_case(name))
             .map(|(_, value)| value.as_str())
     }
+}
+
+/// Percent-encoding of all but unreserved characters and those in `keep`.
+pub fn escape(text: &str, keep: &[u8]) -> String {
+    let mut escaped = String::with_capacity(text.len());
+    for byte in text.bytes() {
+        if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) || keep.contains(&byte) {
+            escaped.push(char::from(byte));
+        } else {
+            let _ = write!(escaped, "%{byte:02X}");
+        }
+    }
+    escaped
 }

@@ -160,6 +160,21 @@ impl Cluster {
         self.add_node_with(name, &[cidr], &go_annotations("vxlan", &data, ip));
     }
 
+    /// Nodes without any network, many of them: more than fit on a page of a list.
+    pub fn add_plain_nodes(&self, count: usize) {
+        let one = |number: usize| {
+            let body = json!({ "metadata": { "name": format!("plain-{number:04}") } }).to_string();
+            format!(
+                "url = https://{STORE}:{PORT}/api/v1/nodes\ninsecure\nfail\noutput = /dev/null\n\
+                 header = \"Authorization: Bearer {ADMIN}\"\nheader = \"Content-Type: application/json\"\n\
+                 data = {body:?}\n"
+            )
+        };
+        let file = self.dir.join("plain");
+        fs::write(&file, (0..count).map(one).collect::<Vec<_>>().join("next\n")).unwrap();
+        self.world.run_in("net", &format!("curl -s -K {}", file.display()));
+    }
+
     pub fn delete_node(&self, name: &str) {
         self.request("DELETE", &format!("/api/v1/nodes/{name}"), &Value::Null);
     }

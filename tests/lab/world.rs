@@ -123,6 +123,16 @@ impl Process {
         fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
     }
 
+    /// Time on a processor so far, all threads.
+    pub fn cpu(&self) -> Duration {
+        let mut nanos = 0;
+        for task in fs::read_dir(format!("/proc/{}/task", self.pid())).unwrap() {
+            let text = fs::read_to_string(task.unwrap().path().join("schedstat")).unwrap();
+            nanos += text.split(' ').next().unwrap().parse::<u64>().unwrap();
+        }
+        Duration::from_nanos(nanos)
+    }
+
     /// The part of [`Process::ticks`] that was not in the kernel.
     pub fn user_ticks(&self) -> u64 {
         let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid())).unwrap();

@@ -1,6 +1,5 @@
 //! etcd v2 through its keys API (control-plane spec 4.4): one node a lease, long polls for watches.
 
-use std::fmt::Write as _;
 use std::time::Duration;
 
 use base64::Engine as _;
@@ -11,6 +10,7 @@ use super::dialect::{
     Answer, Call, Dialect, LONGEST_ANSWER, LONGEST_ROW, Notice, Op, Refusal, Row, Step, TTL,
 };
 use crate::http::elements::{Elements, Item};
+use crate::http::escape;
 use crate::http::{HeaderList, Method};
 use crate::quote::shorten;
 
@@ -325,17 +325,4 @@ impl Dialect for V2 {
 
 fn is_list(op: &Op) -> bool {
     matches!(op, Op::List | Op::Since { .. })
-}
-
-/// Percent-encoding of all but unreserved characters and those in `keep`.
-fn escape(text: &str, keep: &[u8]) -> String {
-    let mut escaped = String::with_capacity(text.len());
-    for byte in text.bytes() {
-        if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) || keep.contains(&byte) {
-            escaped.push(char::from(byte));
-        } else {
-            let _ = write!(escaped, "%{byte:02X}");
-        }
-    }
-    escaped
 }

@@ -81,11 +81,7 @@ impl Kube {
             self.done(Job::Fetch);
         }
         self.listing = Some(Listing::new(metadata_only, freshness));
-        let nodes = if self.listed {
-            self.nodes.len()
-        } else {
-            self.identity.map_or(0, |identity| identity.peers)
-        };
+        let nodes = if self.listed { self.nodes.len() } else { self.expected };
         let wait = self.jitter(nodes);
         self.waits.insert(Job::List, now + wait);
     }

@@ -13,7 +13,6 @@
 //!   metadata says which nodes must be read again.
 //! * **Every list is as cheap as it can be** for a server with 5,000 agents: from its cache, in protobuf, at moments of chance.
 
-pub mod access;
 pub mod annotations;
 mod failure;
 mod listing;
@@ -140,7 +139,8 @@ pub struct Kube {
     /// The agent has heard of the config.
     begun: bool,
     addresses: PublicAddresses,
-    identity: Option<Identity>,
+    /// How many peers there were in an earlier life.
+    expected: usize,
     attrs: Option<LeaseAttrs>,
     ready: bool,
     own: Own,
@@ -201,7 +201,7 @@ impl Kube {
             set_condition,
             begun: false,
             addresses: PublicAddresses::default(),
-            identity: None,
+            expected: 0,
             attrs: None,
             ready: false,
             own: Own::new(random),
@@ -296,7 +296,7 @@ impl Store for Kube {
     }
 
     fn identify(&mut self, identity: Identity, _now: Now) {
-        self.identity = Some(identity);
+        self.expected = identity.peers;
         self.events.push_back(StoreEvent::Found(self.found()));
     }
 

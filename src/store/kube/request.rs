@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::wire::{self, Status};
 use super::{Job, Kube, Who};
-use crate::http::{HeaderList, Method, Request};
+use crate::http::{HeaderList, Method, Request, escape};
 use crate::quote::shorten;
 
 /// Time limit of a short request. The server may let it queue for a while before it is served.
@@ -120,7 +120,7 @@ impl Kube {
     pub(super) fn list(&self, metadata_only: bool, freshness: Freshness, next: &str) -> Request {
         let selector = self.selector();
         let page = match freshness {
-            _ if !next.is_empty() => format!("limit={PAGE}&continue={}", encode(next)),
+            _ if !next.is_empty() => format!("limit={PAGE}&continue={}", escape(next, b"")),
             Freshness::Known => {
                 let own = self.own.node.as_ref().map(|node| &*node.version);
                 let known = self.cursor.as_deref().or(own).unwrap_or("0");
@@ -199,18 +199,4 @@ impl Kube {
         };
         format!("{what}: the API server says {status}{said}{remedy}")
     }
-}
-
-/// A continue token, as a part of a query.
-fn encode(text: &str) -> String {
-    let mut out = String::with_capacity(text.len());
-    for byte in text.bytes() {
-        match byte {
-            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'_' | b'.' | b'~' => {
-                out.push(char::from(byte))
-            }
-            _ => out.push_str(&format!("%{byte:02X}")),
-        }
-    }
-    out
 }
