@@ -21,8 +21,8 @@ use crate::store::Lane;
 
 /// How long a name may take to be resolved: glibc gives each name server five seconds.
 const RESOLVE: Duration = Duration::from_secs(30);
-/// A watch that has so much to say that it speaks again within this time is listened to at such intervals: waking up is dearer
-/// than reading.
+/// A watch that has so much to say that it speaks again within twice this time is listened to at such intervals: waking up is
+/// dearer than reading.
 const PAUSE: Duration = Duration::from_millis(20);
 /// How long a credential plugin may take.
 const PLUGIN: Duration = Duration::from_secs(65);
